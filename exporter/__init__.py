@@ -1,0 +1,1 @@
+"""Checkpoint to graphs: loading, the model, reparameterization, bundles and the command line."""

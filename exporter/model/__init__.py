@@ -1,0 +1,1 @@
+"""FastVLM in PyTorch: the FastViTHD tower, the Qwen2 decoder and the projector between them."""
