@@ -1,0 +1,80 @@
+"""What every target provides, and the one interface that every artifact opens as."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from ..exporter.bundle import Bundle
+    from ..exporter.spec import ExportSpec
+
+Array = NDArray[np.float32]
+TokenIds = NDArray[np.int64]
+
+
+class Session(Protocol):
+    """A FastVLM that runs somewhere: eager PyTorch, an artifact in its runtime, a device.
+
+    float32 and int64 NumPy arrays in and out, batch 1. The session owns the key/value cache.
+    """
+
+    def encode_image(self, pixels: Array) -> Array:
+        """Pixels [1,3,R,R] -> projected image features [1,N,D]."""
+        ...
+
+    def embed(self, input_ids: TokenIds) -> Array:
+        """Token ids [1,S] -> embeddings [1,S,D]."""
+        ...
+
+    def decode(self, inputs_embeds: Array) -> Array:
+        """Embeddings [1,S,D], appended to the cache -> logits of the last position [1,V].
+
+        Raises ExportError when the cache would hold more than the context.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Availability:
+    """Whether a target can lower and run on this machine, and what to do where it can't."""
+
+    lower: bool
+    run: bool
+    versions: Mapping[str, str]
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What a target wrote: its version record and the names of each graph's inputs and outputs."""
+
+    graphs: Mapping[str, Mapping[str, Mapping[str, str]]]
+    """graph -> "inputs" or "outputs" -> tensor name -> "float32[1,3,256,256]"."""
+
+
+class Target(Protocol):
+    """A module of this folder: lowers exported programs to files, opens them again."""
+
+    def availability(self) -> Availability:
+        """Look for the packages that lowering and running need, without importing torch."""
+        ...
+
+    def lower(
+        self, programs: Mapping[str, "ExportedProgram"], spec: "ExportSpec", out: Path
+    ) -> Artifact:
+        """Write the artifact's files below the existing, empty folder `out`."""
+        ...
+
+    def open(self, bundle: "Bundle") -> Session:
+        """Load the artifact for running. Raises ExportError where it can't be."""
+        ...

@@ -1,0 +1,63 @@
+"""PyTorch itself as a Session: the reference that every artifact is held against."""
+
+import numpy as np
+import torch
+
+from ..exporter.errors import ExportError
+from ..exporter.model.decoder import CacheInputsDecoder
+from ..exporter.model.fastvlm import FastVLM
+from .base import Array, TokenIds
+
+
+def check_context(past: int, new: int, context: int) -> None:
+    """Refuse to let the cache grow past the context."""
+    if past + new > context:
+        raise ExportError(
+            f"The context holds {context} positions; {past} are taken and {new} more were given.",
+            "Ask for fewer tokens, or export again with a larger --context.",
+        )
+
+
+class EagerSession:
+    """A FastVLM in float32 on the CPU, with its own cache. See `Session`."""
+
+    def __init__(self, model: FastVLM, context: int, *, channels_last: bool = False) -> None:
+        self.model = model.eval()
+        self.context = context
+        self.channels_last = channels_last
+        if channels_last:
+            model.vision_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.decoder = CacheInputsDecoder(model.decoder, context).eval()
+        config = model.config.decoder
+        self.empty = [
+            torch.zeros(1, config.kv_heads, 0, config.head_dim) for _ in range(2 * config.layers)
+        ]
+        self.past = self.empty
+
+    @torch.inference_mode()
+    def encode_image(self, pixels: Array) -> Array:
+        """Pixels [1,3,R,R] -> [1,N,D]."""
+        tensor = torch.from_numpy(pixels)
+        if self.channels_last:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return np.ascontiguousarray(self.model.encode_image(tensor).numpy())
+
+    @torch.inference_mode()
+    def embed(self, input_ids: TokenIds) -> Array:
+        """Token ids [1,S] -> [1,S,D]."""
+        out: Array = self.model.embed(torch.from_numpy(input_ids)).numpy()
+        return out
+
+    @torch.inference_mode()
+    def decode(self, inputs_embeds: Array) -> Array:
+        """Embeddings [1,S,D] -> logits of the last position [1,V]."""
+        past, new = self.past[0].shape[2], inputs_embeds.shape[1]
+        check_context(past, new, self.context)
+        mask = torch.ones(1, past + new, dtype=torch.int64)
+        logits, self.past = self.decoder(torch.from_numpy(inputs_embeds), mask, self.past)
+        out: Array = logits[:, -1].numpy()
+        return out
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.past = self.empty
