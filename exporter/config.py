@@ -7,7 +7,6 @@ from enum import StrEnum
 from .errors import ExportError
 
 STRIDE_OF_STEM = 4  # two stride-2 convolutions
-STRIDE_OF_CONV_EXP = 1
 ATTENTION_HEAD_DIM = 32  # FastViT section 3: every attention stage uses heads of 32 channels
 
 
@@ -50,16 +49,17 @@ class TowerConfig:
     @property
     def stride(self) -> int:
         """Input pixels per output cell: 64 for FastViTHD's five stages."""
-        return STRIDE_OF_STEM * 2 ** (len(self.stages) - 1)
+        return STRIDE_OF_STEM << (len(self.stages) - 1)
 
     def image_tokens(self, resolution: int) -> int:
         """Tokens of a square image of `resolution` pixels: every stride-2 layer rounds up."""
-        return int(-(-resolution // self.stride)) ** 2
+        side: int = -(-resolution // self.stride)
+        return side * side
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Qwen2 decoder: grouped-query attention with query/key/value biases, RoPE, SwiGLU, RMSNorm."""
+    """A Qwen2 decoder: grouped-query attention with biases, RoPE, SwiGLU, RMSNorm."""
 
     vocab_size: int
     hidden_size: int

@@ -41,7 +41,9 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError as error:
-        raise ExportError(f"There is no image {path}.", "Check the path given to --image.") from error
+        raise ExportError(
+            f"There is no image {path}.", "Check the path given to --image."
+        ) from error
     except (
         OSError,
         SyntaxError,  # what PIL raises for a damaged PNG

@@ -37,9 +37,7 @@ def rotary_tables(config: DecoderConfig, positions: int) -> tuple[Tensor, Tensor
     Computed in float64: at position 30000 float32 angles are off by 2e-3.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.outer(
-        torch.arange(positions, dtype=torch.float64), config.rope_theta**-exponent
-    )
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), config.rope_theta**-exponent)
     return angles.cos().float(), angles.sin().float()
 
 
@@ -109,8 +107,10 @@ class Decoder(nn.Module):
     def run(self, x: Tensor, mix: Mix) -> Tensor:
         """Hidden states after the last layer, not yet normed: [B,S,D] -> [B,S,D]."""
         for index, layer in enumerate(self.layers):
-            attention: Attention = layer.self_attn
-            x = x + attention.o_proj(mix(index, attention, layer.input_layernorm(x)))
+            if not isinstance(layer, Layer):  # what nn.ModuleList cannot tell a type checker
+                raise TypeError(type(layer))
+            mixed = mix(index, layer.self_attn, layer.input_layernorm(x))
+            x = x + layer.self_attn.o_proj(mixed)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return x
 
@@ -224,7 +224,8 @@ class CacheBuffersDecoder(_CachedDecoder):
                 attn_mask=visible,
                 enable_gqa=attention.heads != attention.kv_heads,
             )
-            return mixed.transpose(1, 2).flatten(2)
+            out: Tensor = mixed.transpose(1, 2).flatten(2)
+            return out
 
         hidden = self.decoder.run(inputs_embeds, mix)
         return self.decoder.logits(hidden[:, -1:])

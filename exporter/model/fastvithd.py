@@ -1,4 +1,4 @@
-"""FastViTHD, FastVLM's vision tower (FastVLM, CVPR 2025, section 3.2; blocks from FastViT, ICCV 2023).
+"""FastViTHD, FastVLM's vision tower (FastVLM, section 3.2; blocks from FastViT, ICCV 2023).
 
 One module serves both forms. In train form a convolution is the sum of parallel branches with a
 BatchNorm each; `reparameterize()` on each block returns the plain convolution that computes the
@@ -20,6 +20,11 @@ def _conv_bn(conv: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(conv.out_channels)))
 
 
+def _scaled(x: Tensor, scale: nn.Parameter | None) -> Tensor:
+    # None once reparameterization has folded the layer scale into the layer before it.
+    return x if scale is None else x * scale
+
+
 class SqueezeExcite(nn.Module):
     """x * sigmoid(expand(relu(reduce(mean over H, W of x)))). [B,C,H,W] -> [B,C,H,W]."""
 
@@ -35,7 +40,7 @@ class SqueezeExcite(nn.Module):
 
 
 class MobileOneBlock(nn.Module):
-    """Convolution that trains as up to three branches: kxk, 1x1 (`rbr_scale`), identity (`rbr_skip`).
+    """Trains as up to three branches: kxk, 1x1 (`rbr_scale`), identity (`rbr_skip`).
 
     [B,C,H,W] -> [B,C',H/stride,W/stride], then squeeze-and-excite and GELU where asked for.
     """
@@ -56,24 +61,20 @@ class MobileOneBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.plan = {
-            "in_channels": width_in,
-            "out_channels": width_out,
-            "kernel_size": kernel,
-            "stride": stride,
-            "padding": kernel // 2,
-            "groups": groups,
-        }
+        self.kernel, self.groups = kernel, groups
+
+        def conv(size: int, bias: bool) -> nn.Conv2d:
+            return nn.Conv2d(width_in, width_out, size, stride, size // 2, groups=groups, bias=bias)
+
         if se_width:
             self.se = SqueezeExcite(width_out, se_width)
         if not train_form:
-            self.reparam_conv = nn.Conv2d(**self.plan)
+            self.reparam_conv = conv(kernel, bias=True)
             return
         if conv_branch:
-            self.rbr_conv = nn.ModuleList([_conv_bn(nn.Conv2d(**self.plan, bias=False))])
+            self.rbr_conv = nn.ModuleList([_conv_bn(conv(kernel, bias=False))])
         if scale_branch and kernel > 1:
-            point = {**self.plan, "kernel_size": 1, "padding": 0}
-            self.rbr_scale = _conv_bn(nn.Conv2d(**point, bias=False))
+            self.rbr_scale = _conv_bn(conv(1, bias=False))
         if width_in == width_out and stride == 1:
             self.rbr_skip = nn.BatchNorm2d(width_in)
 
@@ -97,22 +98,27 @@ class MobileOneBlock(nn.Module):
 
 
 class ReparamLargeKernelConv(nn.Module):
-    """Depthwise stride-2 large kernel beside a small one, then GELU. [B,C,H,W] -> [B,C',H/2,W/2]."""
+    """Depthwise stride 2, 7x7 beside 3x3, then GELU. [B,C,H,W] -> [B,C',H/2,W/2]."""
 
     def __init__(self, width_in: int, width_out: int, train_form: bool) -> None:
         super().__init__()
-        plan = {"stride": 2, "groups": width_in}
+        self.groups = width_in
+
+        def conv(size: int, bias: bool) -> nn.Conv2d:
+            return nn.Conv2d(width_in, width_out, size, 2, size // 2, groups=width_in, bias=bias)
+
         if train_form:
-            large = nn.Conv2d(width_in, width_out, 7, padding=3, bias=False, **plan)
-            small = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False, **plan)
-            self.lkb_origin, self.small_conv = _conv_bn(large), _conv_bn(small)
+            self.lkb_origin = _conv_bn(conv(7, bias=False))
+            self.small_conv = _conv_bn(conv(3, bias=False))
         else:
-            self.lkb_reparam = nn.Conv2d(width_in, width_out, 7, padding=3, **plan)
+            self.lkb_reparam = conv(7, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "lkb_reparam"):
-            return F.gelu(self.lkb_reparam(x))
-        return F.gelu(self.lkb_origin(x) + self.small_conv(x))
+            x = self.lkb_reparam(x)
+        else:
+            x = self.lkb_origin(x) + self.small_conv(x)
+        return F.gelu(x)
 
 
 class PatchEmbed(nn.Module):
@@ -142,10 +148,8 @@ class RepCPE(nn.Module):
             self.reparam_conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        if hasattr(self, "reparam_conv"):
-            out: Tensor = self.reparam_conv(x)
-            return out
-        return x + self.pe(x)
+        out: Tensor = self.reparam_conv(x) if hasattr(self, "reparam_conv") else x + self.pe(x)
+        return out
 
 
 class RepMixer(nn.Module):
@@ -175,10 +179,12 @@ class RepMixer(nn.Module):
             self.reparam_conv = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
+        out: Tensor
         if hasattr(self, "reparam_conv"):
-            out: Tensor = self.reparam_conv(x)
-            return out
-        return x + self.layer_scale * (self.mixer(x) - self.norm(x))
+            out = self.reparam_conv(x)
+        else:
+            out = x + self.layer_scale * (self.mixer(x) - self.norm(x))
+        return out
 
 
 class ConvFFN(nn.Module):
@@ -240,7 +246,8 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B,heads,N,32]
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = self.proj(mixed.transpose(1, 2).reshape(batch, height * breadth, width))
-        return mixed.transpose(1, 2).reshape(batch, width, height, breadth)
+        out: Tensor = mixed.transpose(1, 2).reshape(batch, width, height, breadth)
+        return out
 
 
 class RepMixerBlock(nn.Module):
@@ -250,11 +257,12 @@ class RepMixerBlock(nn.Module):
         super().__init__()
         self.token_mixer = RepMixer(stage.width, train_form)
         self.convffn = ConvFFN(stage.width, stage.mlp_width)
+        self.layer_scale: nn.Parameter | None
         self.layer_scale = nn.Parameter(torch.full((stage.width, 1, 1), 1e-5))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.token_mixer(x)
-        return x + self.layer_scale * self.convffn(x)
+        return x + _scaled(self.convffn(x), self.layer_scale)
 
 
 class AttentionBlock(nn.Module):
@@ -265,12 +273,14 @@ class AttentionBlock(nn.Module):
         self.norm = LayerNormChannel(stage.width)
         self.token_mixer = Attention(stage.width)
         self.convffn = ConvFFN(stage.width, stage.mlp_width)
+        self.layer_scale_1: nn.Parameter | None
+        self.layer_scale_2: nn.Parameter | None
         self.layer_scale_1 = nn.Parameter(torch.full((stage.width, 1, 1), 1e-5))
         self.layer_scale_2 = nn.Parameter(torch.full((stage.width, 1, 1), 1e-5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.layer_scale_1 * self.token_mixer(self.norm(x))
-        return x + self.layer_scale_2 * self.convffn(x)
+        x = x + _scaled(self.token_mixer(self.norm(x)), self.layer_scale_1)
+        return x + _scaled(self.convffn(x), self.layer_scale_2)
 
 
 class Head(nn.Module):
