@@ -54,7 +54,7 @@ class EagerSession:
         past, new = self.past[0].shape[2], inputs_embeds.shape[1]
         check_context(past, new, self.context)
         mask = torch.ones(1, past + new, dtype=torch.int64)
-        logits, self.past = self.decoder(torch.from_numpy(inputs_embeds), mask, self.past)
+        logits, *self.past = self.decoder(torch.from_numpy(inputs_embeds), mask, *self.past)
         out: Array = logits[:, -1].numpy()
         return out
 

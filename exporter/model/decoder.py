@@ -7,7 +7,7 @@ Both return the last position's logits only: at 280 prompt tokens and 151,936 wo
 would cost a third of the prefill.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -156,17 +156,18 @@ class _CachedDecoder(nn.Module):
 class CacheInputsDecoder(_CachedDecoder):
     """The cache as inputs and outputs.
 
-    forward: inputs_embeds [B,S,D], attention_mask [B,P+S] int64 and, per layer, past key and value
-    [B,KV,P,d] -> logits of the last position [B,1,V] and, per layer, present key and value
-    [B,KV,P+S,d] as one flat list (key 0, value 0, key 1, ...).
+    forward: inputs_embeds [B,S,D], attention_mask [B,P+S] int64, then per layer past key and value
+    [B,KV,P,d] -> logits of the last position [B,1,V], then per layer present key and value
+    [B,KV,P+S,d].
     """
 
     def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, past_key_values: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, inputs_embeds: Tensor, attention_mask: Tensor, *past_key_values: Tensor
+    ) -> tuple[Tensor, ...]:
         present: list[Tensor] = []
 
         def mix(index: int, attention: Attention, x: Tensor) -> Tensor:
+            mixed: Tensor
             mixed, key, value = cached_attention(
                 attention.q_proj(x),
                 attention.k_proj(x),
@@ -183,7 +184,7 @@ class CacheInputsDecoder(_CachedDecoder):
             return mixed
 
         hidden = self.decoder.run(inputs_embeds, mix)
-        return self.decoder.logits(hidden[:, -1:]), present
+        return self.decoder.logits(hidden[:, -1:]), *present
 
 
 class CacheBuffersDecoder(_CachedDecoder):
