@@ -1,0 +1,219 @@
+"""What a parity comparison takes and gives: cases, limits, measurements and the verdict."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from ..targets.base import Array
+from .checks import Check
+
+
+class Stage(StrEnum):
+    """The stages of answering a question about an image, in order."""
+
+    PREPROCESS = "preprocess"
+    IMAGE_FEATURES = "image_features"
+    EMBEDDINGS = "embeddings"
+    FIRST_TOKEN = "first_token"  # noqa: S105 - a stage, not a secret
+    TEACHER_FORCED = "teacher_forced"
+    GREEDY = "greedy"
+
+
+class Scope(StrEnum):
+    """What the candidate was fed: the reference's inputs, or its own results."""
+
+    ISOLATED = "isolated"
+    END_TO_END = "end_to_end"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far a candidate may be from its reference. Each is an upper bound.
+
+    `pixels` is in steps of 1/255; `features`, `embeddings` and `logits` are the worst difference in
+    parts of the reference's peak; `cosine` is 1 - cosine of the worst image token; `worst_kl` and
+    `mean_kl` are in nats. Token disagreements are never allowed, but for ties: see `Tie`.
+    """
+
+    pixels: float
+    features: float
+    cosine: float
+    embeddings: float
+    logits: float
+    worst_kl: float
+    mean_kl: float
+
+
+LIMITS: dict[str, Limits] = {
+    # Both sides compute in float32 and only the order of sums differs (folded convolutions, fused
+    # attention, other matrix kernels). One rounding is 6e-8 of a value; through 30-odd tower
+    # layers and 24 decoder layers it grows to some 1e-6 to 2e-5 of the peak, so 1e-4 leaves room
+    # for depth and none for a mistake. Logits that move by 1e-4 of a peak of 30 shift KL by
+    # at most (3e-3)^2 / 2 = 5e-6. Pixels and the embedding table involve no sums at all: equal.
+    "fp32": Limits(
+        pixels=0.0,
+        features=1e-4,
+        cosine=1e-7,
+        embeddings=0.0,
+        logits=1e-4,
+        worst_kl=1e-5,
+        mean_kl=2e-6,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One image and one prompt.
+
+    Each side preprocesses the image by its own contract: `reference_pixels` and `candidate_pixels`
+    are [1,3,R,R]. `prompt_ids` holds `image_token_id` once per image token.
+    """
+
+    name: str
+    reference_pixels: Array
+    candidate_pixels: Array
+    prompt_ids: Sequence[int]
+    image_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One stage on one case: the gates, and numbers without a limit (`max_abs`, `psnr_db`)."""
+
+    stage: Stage
+    scope: Scope
+    case: str
+    checks: tuple[Check, ...]
+    numbers: Mapping[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """True where every check passed; a measurement without checks fails."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tie:
+    """The candidate took another token where the reference's own margin is within rounding.
+
+    `margin` is the reference's logit of its own token less that of the candidate's; both may move
+    by the logits limit, so a margin of up to twice that (`noise`) decides nothing. Free-running
+    agreement is counted up to the first tie of a case: what follows answers another text.
+    """
+
+    case: str
+    stage: Stage
+    scope: Scope
+    position: int
+    reference_token: int
+    candidate_token: int
+    margin: float
+    noise: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityResult:
+    """All measurements of a comparison. It passes where there is at least one and none failed."""
+
+    measurements: tuple[Measurement, ...]
+    ties: tuple[Tie, ...]
+    limits: Limits
+    steps: int
+
+    @property
+    def passed(self) -> bool:
+        """True where something was measured and every check passed."""
+        return bool(self.measurements) and all(m.passed for m in self.measurements)
+
+    @property
+    def failures(self) -> tuple[tuple[Measurement, Check], ...]:
+        """Failed checks by stage; within a stage isolated ones first, the worst first."""
+        failed = [(m, c) for m in self.measurements for c in m.checks if not c.passed]
+        order = list(Stage)
+        return tuple(
+            sorted(
+                failed,
+                key=lambda item: (
+                    item[0].scope is not Scope.ISOLATED,
+                    order.index(item[0].stage),
+                    -item[1].severity,
+                ),
+            )
+        )
+
+    @property
+    def first_broken(self) -> Stage | None:
+        """The first stage that fails on the reference's inputs, else the first end to end."""
+        return self.failures[0][0].stage if self.failures else None
+
+    @property
+    def worst(self) -> tuple[Measurement, Check] | None:
+        """The check nearest to its limit, or furthest beyond it."""
+        pairs = [(m, c) for m in self.measurements for c in m.checks]
+        return max(pairs, key=lambda pair: pair[1].severity, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what broke first, by how much; or the worst number that passed."""
+        if not self.failures:
+            if self.worst is None:
+                return "Nothing was compared."
+            return f"Every stage agrees; nearest to its limit: {_describe(*self.worst)}."
+        return f"{self.failures[0][0].stage} broke first: {_describe(*self.failures[0])}."
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data. Numbers may be NaN or infinite: `report.to_json` writes those as null."""
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "first_broken": self.first_broken,
+            "steps": self.steps,
+            "limits": asdict(self.limits),
+            "measurements": [
+                {
+                    "stage": m.stage,
+                    "scope": m.scope,
+                    "case": m.case,
+                    "passed": m.passed,
+                    "checks": [asdict(check) | {"passed": check.passed} for check in m.checks],
+                    "numbers": dict(m.numbers),
+                }
+                for m in self.measurements
+            ],
+            "ties": [asdict(tie) for tie in self.ties],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One line of the table: the worst value of one check over all cases."""
+
+    stage: Stage
+    scope: Scope
+    check: Check
+    case: str
+    cases: int
+
+
+def summarize(result: ParityResult) -> list[Summary]:
+    """The worst of each stage, scope and check over the cases, in the order of the pipeline."""
+    groups: dict[tuple[Stage, Scope, str], list[tuple[Measurement, Check]]] = {}
+    for measurement in result.measurements:
+        for check in measurement.checks:
+            key = (measurement.stage, measurement.scope, check.name)
+            groups.setdefault(key, []).append((measurement, check))
+    lines = []
+    for (stage, scope, _), pairs in groups.items():
+        worst, check = max(pairs, key=lambda pair: (pair[1].severity, pair[1].value))
+        lines.append(
+            Summary(stage=stage, scope=scope, check=check, case=worst.case, cases=len(pairs))
+        )
+    order = list(Stage)
+    return sorted(lines, key=lambda line: (order.index(line.stage), line.scope != Scope.ISOLATED))
+
+
+def _describe(measurement: Measurement, check: Check) -> str:
+    scope = "on the reference's inputs" if measurement.scope is Scope.ISOLATED else "end to end"
+    on = f" on {measurement.case}" if measurement.case else ""
+    return f"{measurement.stage} {check}{on}, {scope}"
