@@ -1,8 +1,9 @@
 """The bundled task: questions about one to four real handwritten digits on a coloured canvas.
 
-The scans are scikit-learn's `load_digits` (1,797 digits of 8x8 pixels), split once into a training and a held-out part.
-Everything random comes from `random.Random`, whose streams are stable over versions and platforms, and the pixels are
-composed in integers, so `evaluation_set` gives the same images everywhere.
+The scans are scikit-learn's `load_digits` (1,797 digits of 8x8 pixels), split once into a training
+and a held-out part. Everything random comes from `random.Random`, whose streams are stable over
+versions and platforms, and the pixels are composed in integers, so `evaluation_set` gives the same
+images everywhere.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class Scene:
         """Return the description used by the captioning stages of the training."""
         article = "An" if self.colour[0] in "aeiou" else "A"
         plural = "" if len(self.digits) == 1 else "s"
-        return f"{article} {self.colour} image with {len(self.digits)} digit{plural}: {self.digits}."
+        return (
+            f"{article} {self.colour} image with {len(self.digits)} digit{plural}: {self.digits}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +112,14 @@ class Question:
 @cache
 def _split() -> tuple[tuple[Scan, ...], tuple[Scan, ...]]:
     """Split the scans of every label by the same share; deterministic."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second to import
 
     data = load_digits()
     scans = [
         Scan(pixels=np.minimum(image * 16, 255).astype(np.uint8), label=int(label))
         for image, label in zip(data.images, data.target, strict=True)
     ]
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311 - reproducible, not secret
     train: list[Scan] = []
     held_out: list[Scan] = []
     for label in range(10):
@@ -141,7 +144,8 @@ def held_out_scans() -> tuple[Scan, ...]:
 def evaluation_set(n: int = 300) -> list[Question]:
     """Return `n` questions (a multiple of three) about held-out digits, the three kinds equally.
 
-    Canvas i carries questions 3i, 3i+1 and 3i+2, so an encoder runs n/3 times. A longer set starts with the shorter one.
+    Canvas i carries questions 3i, 3i+1 and 3i+2, so an encoder runs n/3 times. A longer set starts
+    with the shorter one. Raises ValueError for another number of questions.
     """
     if n < 3 or n % 3:
         raise ValueError(f"the number of questions must be a positive multiple of three, not {n}")
@@ -160,8 +164,8 @@ def evaluation_set(n: int = 300) -> list[Question]:
 
 
 def held_out_scenes(count: int, *, seed: int) -> list[Scene]:
-    """Return `count` canvases of held-out digits; every digit is used before one is used twice."""
-    rng = random.Random(seed)
+    """Return `count` canvases of held-out digits, dealt from a shuffled deck until it runs out."""
+    rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
     scans = held_out_scans()
     deck: list[Scan] = []
     scenes: list[Scene] = []
@@ -224,7 +228,7 @@ def _draw(
     zoom_y = 1 + rng.uniform(-augmentation.zoom, augmentation.zoom)
     shift_x = rng.uniform(-augmentation.shift, augmentation.shift) * 8
     shift_y = rng.uniform(-augmentation.shift, augmentation.shift) * 8
-    # PIL maps output to input: scale the canvas to the 8x8 scan, then turn and shear about its centre.
+    # PIL maps output to input: scale down to the 8x8 scan, turn and shear about its centre.
     padded = np.zeros((12, 12), np.uint8)
     padded[2:10, 2:10] = scan.pixels
     scale = 8 / size
