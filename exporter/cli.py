@@ -1,0 +1,329 @@
+"""The command line: parse, call, print. No logic, and nothing heavy imported until it is used."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .errors import ExportError
+
+if TYPE_CHECKING:
+    from .pipeline import Outcome, SourceRequest
+
+T = TypeVar("T")
+
+EXIT_GATE, EXIT_BAD_INPUT = 1, 2
+
+app = typer.Typer(
+    name="fastvlm-export",
+    help="Export FastVLM from PyTorch to an edge runtime, and prove that its numbers survived.",
+    invoke_without_command=True,
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a FastVLM checkpoint (Apple/LLaVA or Hugging Face layout)."),
+]
+Random = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Random weights at full size: fastvlm-0.5b, -1.5b or -7b."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the random weights.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="Also prove it on this image; repeat for more."),
+]
+Runs = Annotated[int, typer.Option(min=1, help="Timed runs after warm-up.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A folder that an export wrote.")
+]
+
+# Progress and errors; stdout is for results.
+_messages = Console(stderr=True)
+_results = Console()
+
+
+class _Bars:
+    """Progress on stderr: one line a stage, with what it is at and how long it has taken."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task = None if bars.disable else bars.add_task("", total=1, detail="")
+        self._open = False
+
+    def stage(self, name: str) -> None:
+        """Finish the line of the stage before, begin the next."""
+        if self._task is None:
+            return
+        if self._open:
+            self._bars.update(self._task, completed=1, detail="")
+            self._task = self._bars.add_task("", total=1, detail="")
+        self._open = True
+        self._bars.update(self._task, description=name)
+
+    def detail(self, text: str) -> None:
+        """Say what the running stage is at."""
+        if self._task is not None:
+            self._bars.update(self._task, detail=text)
+
+    def finish(self) -> None:
+        """Mark the last stage as done."""
+        if self._task is not None:
+            self._bars.update(self._task, completed=1, detail="")
+
+
+def _with_progress(quiet: bool, action: Callable[[_Bars], T]) -> T:
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
+    )
+    with Bars(*columns, console=_messages, disable=quiet) as bars:
+        progress = _Bars(bars)
+        result = action(progress)
+        progress.finish()
+    return result
+
+
+def _print_json(document: object) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def _finish(outcomes: "list[Outcome]", *, as_json: bool, quiet: bool) -> None:
+    """Print what was found; exit with 1 where a gate failed."""
+    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+
+    passed = all(outcome.passed for outcome in outcomes)
+    if as_json:
+        _print_json(
+            {
+                "passed": passed,
+                "bundles": [
+                    {"path": str(outcome.path), "report": outcome.report.to_dict()}
+                    for outcome in outcomes
+                ],
+            }
+        )
+    for outcome in outcomes:
+        if not (as_json or quiet):
+            _results.print(terminal.render(outcome.report))
+        if not as_json:
+            _results.print(f"Bundle  {outcome.path}", soft_wrap=True)
+            _results.print(f"Report  {outcome.path / 'report' / 'report.html'}", soft_wrap=True)
+    if not passed:
+        raise typer.Exit(EXIT_GATE)
+
+
+def _source(checkpoint: Path | None, random: str | None, seed: int) -> "SourceRequest":
+    from .pipeline import SourceRequest  # noqa: PLC0415 - imports torch
+
+    return SourceRequest(checkpoint=checkpoint, random=random, seed=seed)
+
+
+@app.callback()
+def export(
+    context: typer.Context,
+    checkpoint: Checkpoint = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="What to export to; repeat for more.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="How numbers are stored and computed.")] = "fp32",
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Image side in pixels; default: the checkpoint's.")
+    ] = None,
+    max_positions: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Positions in the cache; default: the checkpoint's."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("fastvlm-bundle"),
+    image: Images = None,
+    random: Random = None,
+    seed: Seed = 0,
+    runs: Runs = 5,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Export, prove and publish. Without --checkpoint or --random: the bundled small model."""
+    if context.invoked_subcommand is not None:
+        _refuse_stray_options(context)
+        return
+    from ..validate.latency import Bench  # noqa: PLC0415 - imports NumPy
+    from . import pipeline  # noqa: PLC0415 - imports torch
+
+    if checkpoint is None and random is None and not quiet:
+        _messages.print("No --checkpoint: exporting the bundled small model, fastvlm-digits.")
+    request = pipeline.ExportRequest(
+        source=_source(checkpoint, random, seed),
+        out=out,
+        targets=tuple(dict.fromkeys(target or ["onnx"])),
+        recipe=recipe,
+        resolution=resolution,
+        context=max_positions,
+        images=tuple(image or ()),
+        force=force,
+        bench=Bench(runs=runs),
+    )
+    outcomes = _with_progress(quiet, lambda bars: pipeline.export(request, bars))
+    _finish(outcomes, as_json=as_json, quiet=quiet)
+
+
+def _refuse_stray_options(context: typer.Context) -> None:
+    """Options of the bare command before a subcommand would be lost without a word."""
+    given = [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        command = context.invoked_subcommand
+        raise ExportError(
+            f"{', '.join(sorted(given))}: given before '{command}', where it has no effect.",
+            f"Put options after the command: fastvlm-export {command} ... "
+            f"(see fastvlm-export {command} --help).",
+        )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is, and everything that is wrong with it."""
+    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+    from . import doctor  # noqa: PLC0415 - imports torch
+
+    found = doctor.inspect(folder)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _results.print(terminal.facts(found.to_dict(), title=str(folder)))
+
+
+@app.command()
+def validate(
+    bundle: BundlePath,
+    checkpoint: Checkpoint = None,
+    random: Random = None,
+    seed: Seed = 0,
+    image: Images = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove a bundle against the checkpoint that it was made from, and write its report anew."""
+    from . import pipeline  # noqa: PLC0415 - imports torch
+
+    source = _source(checkpoint, random, seed) if checkpoint or random else None
+    outcome = _with_progress(
+        quiet,
+        lambda bars: pipeline.validate(bundle, source, tuple(image or ()), progress=bars),
+    )
+    _finish([outcome], as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    checkpoint: Checkpoint = None,
+    image: Annotated[Path | None, typer.Option(help="The image; default: a bundled one.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Time this beside it and print the ratio: pytorch.")
+    ] = None,
+    runs: Runs = 10,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time to first token, part by part, decode speed and peak memory of a bundle."""
+    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+    from . import pipeline  # noqa: PLC0415 - imports torch
+
+    request = pipeline.BenchRequest(
+        bundle=bundle, checkpoint=checkpoint, image=image, against=against, runs=runs
+    )
+    found = _with_progress(quiet, lambda bars: pipeline.bench(request, bars))
+    if as_json:
+        _print_json(found.to_dict())
+    elif not quiet:
+        _results.print(terminal.latency(found))
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[Path | None, typer.Option(help="The image that it is about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about an image with a bundle."""
+    from . import running  # noqa: PLC0415 - imports torch
+
+    question = running.Question(
+        bundle=bundle,
+        prompt=prompt,
+        image=image,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    answer = running.ask(question)
+    if as_json:
+        _print_json({"text": answer.text, "token_ids": answer.token_ids})
+    else:
+        _results.print(answer.text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("targets")
+def list_targets(as_json: AsJson = False) -> None:
+    """List the targets: what each can do here, and which recipes it takes."""
+    from .. import targets as formats  # noqa: PLC0415
+    from ..quantize.recipes import RECIPES  # noqa: PLC0415
+    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+
+    rows = []
+    for name in formats.TargetName:
+        here = formats.get(name).availability()
+        rows.append(
+            {
+                "target": str(name),
+                "lower": here.lower,
+                "run": here.run,
+                "recipes": list(RECIPES),
+                "versions": dict(here.versions),
+                "remedy": here.remedy,
+            }
+        )
+    if as_json:
+        _print_json(rows)
+    else:
+        _results.print(terminal.targets(rows))
+
+
+def main() -> None:
+    """Run the command line: the one place where expected errors are caught."""
+    try:
+        app()
+    except ExportError as error:
+        if "--json" in sys.argv[1:]:
+            _print_json({"error": {"message": error.message, "hint": error.hint}})
+        _messages.print("[bold red]Error[/]", end=" ")
+        _messages.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        if error.hint:
+            _messages.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
+from fastvlm_export.exporter.model.fastvlm import FastVLM
+
+
+def randomize(model: FastVLM) -> FastVLM:
+    """Give BatchNorms and layer scales values at which a wrong fold shows."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1, 0.3)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+            torch.nn.init.normal_(module.running_mean, 0, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.3, 2)
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            torch.nn.init.normal_(parameter, 0, 0.5)
+    return model
+
+
+def tiny_model(*, train_form: bool = True, tied: bool = False) -> FastVLM:
+    """A FastVLM with odd sizes, seeded."""
+    torch.manual_seed(0)
+    tower = fastvithd(
+        widths=(8, 16, 32, 32, 64),
+        depths=(1, 2, 1, 2, 1),
+        mlp_ratio=3,
+        features=128,
+        se_width=6,
+        head_width=5,
+        train_form=train_form,
+    )
+    decoder = DecoderConfig(
+        vocab_size=120,
+        hidden_size=48,
+        intermediate_size=80,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        head_dim=8,
+        tied=tied,
+    )
+    return (
+        randomize(FastVLM(FastVLMConfig(tower=tower, decoder=decoder))).eval().requires_grad_(False)
+    )
+
+
+@pytest.fixture
+def tiny() -> FastVLM:
+    return tiny_model()
+
+
+@pytest.fixture
+def tiny_released() -> FastVLM:
+    """In the form of released checkpoints: branches folded, BatchNorms and layer scales not."""
+    return tiny_model(train_form=False)
