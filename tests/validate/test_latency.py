@@ -1,0 +1,269 @@
+import json
+import os
+import textwrap
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models
+
+from fastvlm_export.exporter.bundle import Manifest, Source
+from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
+from fastvlm_export.validate import latency, latency_process, latency_worker, machine
+from fastvlm_export.validate.latency import Backend, Part, Plan, Subject, Timing
+
+IMAGE_TOKEN_ID = 9
+PROMPT = [1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 2]
+QUICK = Plan(warmup=0, runs=3, least_runs=1, tokens=4, loads=0, threads=1)
+
+# A target that answers at once: the worker is the real one, its runtime is not.
+RUNTIME = """
+import sys, time, types
+import numpy as np
+from fastvlm_export import targets
+from fastvlm_export.targets.base import Availability
+from fastvlm_export.validate import latency_worker
+
+class Session:
+    def encode_image(self, pixels):
+        assert pixels.shape == (1, 3, 32, 32), pixels.shape
+        print("a library talks on stdout")
+        {fault}
+        return np.ones((1, 2, 4), np.float32)
+    def embed(self, ids):
+        assert ids.max() < 9
+        return np.zeros((*ids.shape, 4), np.float32)
+    def decode(self, embeds):
+        self.length += embeds.shape[1]
+        return np.eye(8, dtype=np.float32)[[3]]
+    def reset(self):
+        self.length = 0
+
+def open_bundle(bundle):
+    {load}
+    return Session()
+
+available = Availability(lower=True, run=True, versions={{"toy": "1.0"}})
+targets.get = lambda name: types.SimpleNamespace(open=open_bundle, availability=lambda: available)
+latency_worker.main()
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "weights.bin").write_bytes(bytes(1000))
+    Tokenizer(models.WordLevel({f"word{i}": i for i in range(9)}, "word0")).save(
+        str(folder / "tokenizer.json")
+    )
+    manifest = Manifest(
+        schema=1,
+        source=Source(name="toy", layout="random", sha256="0" * 64),
+        target="toy",
+        recipe="fp32",
+        resolution=32,
+        context=64,
+        image_tokens=2,
+        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=32),
+        prompt_template="qwen_2",
+        image_token="<image>",  # noqa: S106 - not a password
+        image_token_id=IMAGE_TOKEN_ID,
+        eos_token_ids=(0,),
+        model={},
+        graphs={},
+        versions={},
+        files={"weights.bin": "", "tokenizer.json": ""},
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.fixture
+def runtime(tmp_path, monkeypatch):
+    """Make workers run RUNTIME with the given statements in it."""
+
+    def install(*, fault="pass", load="pass"):
+        text = textwrap.dedent(RUNTIME).format(fault=fault, load=load)
+        (tmp_path / "toy_worker.py").write_text(text)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(latency_process, "WORKER", "toy_worker")
+
+    return install
+
+
+IMAGE = Image.new("RGB", (40, 30), "red")
+
+
+def subject(bundle, name="toy"):
+    return Subject(name=name, backend=Backend.BUNDLE, bundle=bundle)
+
+
+def test_every_part_is_timed_as_often_as_asked(bundle, runtime):
+    runtime()
+    plan = Plan(warmup=1, runs=3, least_runs=1, tokens=4, loads=2, threads=1)
+    result = latency.measure([subject(bundle)], IMAGE, PROMPT, plan)
+    ours = result.subjects[0]
+    assert set(ours.parts) == set(Part)
+    assert [timing.n for timing in ours.parts.values()] == [3] * len(Part)
+    assert (ours.ttft.n, ours.decode.n) == (3, 3)
+    assert (ours.load_cold.n, ours.load_warm.n) == (2, 2)
+    assert result.prompt_tokens == 4
+
+
+def test_the_parts_add_up_to_ttft(bundle, runtime):
+    runtime(fault="time.sleep(0.05)")
+    ours = latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK).subjects[0]
+    for run, total in enumerate(ours.ttft.seconds):
+        parts = [ours.parts[part].seconds[run] for part in Part]
+        assert sum(parts) == pytest.approx(total, abs=1e-6)
+    assert ours.parts[Part.ENCODE].p50 >= 0.05
+
+
+def test_the_first_token_is_turned_into_text(bundle, runtime):
+    runtime()
+    ours = latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK).subjects[0]
+    assert ours.first_text == "word3"
+    assert ours.setting == "fp32; toy 1.0"
+    assert ours.tokens_per_second == pytest.approx(4 / ours.decode.p50)
+
+
+def test_peak_memory_is_the_workers_own(bundle, runtime):
+    held = np.ones(40_000_000, np.float64)  # 320 MB that the worker must not be charged with
+    runtime()
+    small = latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK).subjects[0]
+    runtime(load="global kept; kept = np.ones(25_000_000)")
+    large = latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK).subjects[0]
+    grown = large.peak_memory_bytes - small.peak_memory_bytes
+    assert 150e6 < grown < 250e6
+    assert small.peak_memory_bytes < machine.peak_memory()
+    assert held.sum() == 40_000_000
+
+
+def test_two_subjects_give_a_ratio_for_every_part(bundle, runtime):
+    runtime()
+    result = latency.measure([subject(bundle, "a"), subject(bundle, "b")], IMAGE, PROMPT, QUICK)
+    ratios = result.ratios(result.subjects[1])
+    assert set(ratios) == {*(part.value for part in Part), "ttft", "decode"}
+    assert result.to_dict()["ratios"] == {"b": ratios}
+
+
+def timing(*seconds):
+    return Timing(seconds=seconds)
+
+
+def test_ratios_are_medians_over_pairs_of_rounds():
+    def one(name, seconds):
+        return latency.SubjectResult(
+            name=name,
+            backend=Backend.BUNDLE,
+            setting="",
+            load_cold=None,
+            load_warm=timing(seconds[0]),
+            load_note="",
+            parts={part: timing(*seconds) for part in Part},
+            ttft=timing(*seconds),
+            decode=timing(*seconds),
+            tokens=8,
+            first_text="",
+            peak_memory_bytes=1,
+        )
+
+    # The second round was slow for both: the pairs still say 3.
+    result = latency.LatencyResult(
+        subjects=(one("ours", (1.0, 10.0, 1.0)), one("peer", (3.0, 30.0, 3.5))),
+        machine=machine.describe(),
+        threads=2,
+        prompt_tokens=4,
+        warmup=1,
+    )
+    ratios = result.ratios(result.subjects[1])
+    assert ratios["ttft"] == 3.0
+    assert ratios["load_warm"] == 3.0
+    assert "load_cold" not in ratios
+
+
+def test_percentiles_are_of_all_runs():
+    seconds = timing(*(float(i) for i in range(101)))
+    assert (seconds.p50, seconds.p95, seconds.n) == (50.0, 95.0, 101)
+
+
+def test_rounds_alternate_between_the_subjects(bundle, runtime):
+    runtime()
+    said = []
+    plan = Plan(warmup=0, runs=2, least_runs=1, tokens=1, loads=0, threads=1)
+    latency.measure([subject(bundle, "a"), subject(bundle, "b")], IMAGE, PROMPT, plan, said.append)
+    assert [line[0] for line in said if "run" in line] == ["a", "b", "a", "b"]
+
+
+def test_time_runs_out_only_after_the_least_number_of_runs(bundle, runtime):
+    runtime()
+    plan = Plan(warmup=0, runs=50, least_runs=2, seconds=0.0, tokens=1, loads=0, threads=1)
+    assert latency.measure([subject(bundle)], IMAGE, PROMPT, plan).subjects[0].ttft.n == 2
+
+
+@pytest.mark.parametrize(
+    ("statements", "message"),
+    [
+        ({"fault": "raise ValueError('no such kernel')"}, "ValueError: no such kernel"),
+        ({"load": "import os; os.kill(os.getpid(), 9)"}, "killed by signal 9"),
+        ({"load": "sys.exit(3)"}, "exit code 3"),
+        (
+            {
+                "load": "from fastvlm_export.exporter.errors import ExportError; "
+                "raise ExportError('no weights', 'make some')"
+            },
+            "toy: no weights",
+        ),
+    ],
+)
+def test_a_failing_worker_is_one_error_with_its_reason(bundle, runtime, statements, message):
+    runtime(**statements)
+    with pytest.raises(ExportError, match=message) as caught:
+        latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK)
+    assert caught.value.hint
+
+
+def test_no_worker_is_left_behind_by_a_failure(bundle, runtime, tmp_path):
+    pids = tmp_path / "pids"
+    runtime(
+        load=f"import os; open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')",
+        fault="raise ValueError",
+    )
+    with pytest.raises(ExportError):
+        latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK)
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert started
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_plan_without_runs_is_refused():
+    with pytest.raises(ExportError, match="at least one run"):
+        Plan(runs=0)
+
+
+def test_nothing_to_time_is_refused():
+    with pytest.raises(ExportError, match="nothing to time"):
+        latency.measure([], IMAGE, PROMPT, QUICK)
+
+
+def test_a_cold_number_says_whether_the_disk_was_read():
+    assert latency_worker._note(True, 1000, 1000).startswith("cold:")
+    assert latency_worker._note(True, 1000, 0).startswith("perhaps not cold")
+    assert latency_worker._note(False, 1000, 1000).startswith("not cold")
+
+
+def test_a_system_that_cannot_drop_files_says_so(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    assert not latency_worker.drop_from_page_cache([tmp_path])
+
+
+def test_the_machine_is_described_in_json():
+    described = machine.describe()
+    assert json.loads(json.dumps(asdict(described)))["cores"] >= 1
+    assert described.cpu
+    assert "numpy" in described.packages

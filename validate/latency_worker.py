@@ -1,0 +1,223 @@
+"""The process that `latency.measure` times one backend in: JSON lines in, JSON lines out.
+
+The first line is the job; then {"do": "load" | "round" | "finish"}. Run by `latency`, not by hand.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from .. import targets
+from ..exporter.bundle import MANIFEST, Bundle, Manifest
+from ..exporter.errors import ExportError
+from ..exporter.preprocess import preprocess, read_image
+from ..exporter.tokenizer import read_tokenizer
+from ..targets.base import Session
+from ..targets.generation import splice
+from .latency import Backend, Part
+from .machine import peak_memory, reset_peak_memory
+
+Load = Callable[[], Callable[[], Session]]
+"""Timed: read and prepare the weights. What it returns is not timed: the session's last touches."""
+
+
+class Worker:
+    """One backend on one bundle's contract."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        folder = Path(job["bundle"])
+        # The caller has checked the hashes; reading every byte here would warm the page cache.
+        manifest = Manifest.from_json((folder / MANIFEST).read_text("utf-8"))
+        self.bundle = Bundle(path=folder, manifest=manifest)
+        self.tokenizer = read_tokenizer(folder)
+        self.is_bundle = job["backend"] == Backend.BUNDLE
+        self.session: Session | None = None
+        self.peak_of_load = 0
+
+    def load(self, *, cold: bool) -> dict[str, Any]:
+        """Open the backend. `files` is how many bytes of it lie on disk."""
+        files = self._files()
+        size = sum(path.stat().st_size for path in files)
+        load, setting = self._bundle() if self.is_bundle else self._pytorch()
+        dropped = cold and drop_from_page_cache(files)
+        read = bytes_read()
+        start = time.perf_counter()
+        finish = load()
+        seconds = time.perf_counter() - start
+        note = _note(dropped, size, bytes_read() - read) if cold else ""
+        if not self.is_bundle:
+            # The proof that comes with folding must not count as memory that eager needs.
+            self.peak_of_load = peak_memory()
+            self.session = finish()
+            del finish, load
+            gc.collect()
+            reset_peak_memory()
+        else:
+            self.session = finish()
+        return {"seconds": seconds, "files": size, "note": note, "setting": setting}
+
+    def round(self) -> dict[str, Any]:
+        """One question timed part by part, then the tokens after the first. In seconds."""
+        session, job = self.session, self.job
+        if session is None:
+            raise RuntimeError("a round was asked for before the load")
+        manifest, image = self.bundle.manifest, Path(job["image"])
+        ids = np.asarray(job["prompt_ids"], dtype=np.int64)
+        marks = [time.perf_counter()]
+        pixels = preprocess(read_image(image), manifest.preprocessing)
+        marks.append(time.perf_counter())
+        features = session.encode_image(pixels)
+        marks.append(time.perf_counter())
+        session.reset()
+        text = session.embed(np.where(ids == manifest.image_token_id, 0, ids)[None])
+        logits = session.decode(splice(job["prompt_ids"], manifest.image_token_id, text, features))
+        marks.append(time.perf_counter())
+        token = int(logits[0].argmax())
+        word = self.tokenizer.decode([token])
+        marks.append(time.perf_counter())
+        for _ in range(job["tokens"]):
+            logits = session.decode(session.embed(np.array([[token]], dtype=np.int64)))
+            token = int(logits[0].argmax())
+        decode = time.perf_counter() - marks[-1]
+        spent = np.diff(marks)
+        parts = {part.value: float(seconds) for part, seconds in zip(Part, spent, strict=True)}
+        return {**parts, "ttft": marks[-1] - marks[0], "decode": decode, "text": word}
+
+    def finish(self) -> dict[str, Any]:
+        """The most memory that loading and running took."""
+        return {"peak_memory_bytes": max(self.peak_of_load, peak_memory())}
+
+    def _files(self) -> list[Path]:
+        """What loading reads."""
+        if self.is_bundle:
+            return [self.bundle.path / name for name in self.bundle.manifest.files]
+        checkpoint: str = self.job["checkpoint"]
+        if checkpoint.startswith("random:"):
+            return []
+        folder = Path(checkpoint)
+        if checkpoint == "bundled":
+            from ..exporter.checkpoint import BUNDLED_FOLDER  # noqa: PLC0415 - imports torch
+
+            folder = BUNDLED_FOLDER
+        return [path for path in folder.iterdir() if path.is_file()]
+
+    def _bundle(self) -> tuple[Load, str]:
+        target = targets.get(self.bundle.manifest.target)  # imports are not timed
+
+        def load() -> Callable[[], Session]:
+            session = target.open(self.bundle)
+            return lambda: session
+
+        versions = target.availability().versions
+        runtime = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
+        return load, f"{self.bundle.manifest.recipe}; {runtime}"
+
+    def _pytorch(self) -> tuple[Load, str]:
+        import torch  # noqa: PLC0415 - the bundle's own process must not hold it
+
+        from ..exporter import checkpoint as checkpoints  # noqa: PLC0415
+        from ..exporter.reparameterize import reparameterize  # noqa: PLC0415
+        from ..targets.eager import EagerSession  # noqa: PLC0415
+
+        torch.set_num_threads(self.job["threads"])
+        name: str = self.job["checkpoint"]
+        channels_last: bool = self.job["channels_last"]
+        context = self.bundle.manifest.context
+
+        def load() -> Callable[[], Session]:
+            if name.startswith("random:"):
+                _, preset, seed = name.split(":")
+                model = checkpoints.random(preset, int(seed)).model()
+            else:
+                found = checkpoints.bundled() if name == "bundled" else checkpoints.load(Path(name))
+                model = found.model()
+            return lambda: EagerSession(
+                reparameterize(model).model, context, channels_last=channels_last
+            )
+
+        layout = "channels-last" if channels_last else "contiguous"
+        setting = (
+            f"torch {torch.__version__} eager, float32, reparameterized, {layout}, inference_mode, "
+            f"key/value cache, {torch.get_num_threads()} threads"
+        )
+        return load, setting
+
+
+def drop_from_page_cache(files: Iterable[Path]) -> bool:
+    """Ask the system to forget these files' contents; False where there is no way to ask."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # pages that were not written yet would stay
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def bytes_read() -> int:
+    """Bytes that this process had the disk read; 0 where the system does not count them."""
+    process = psutil.Process()
+    try:
+        return int(process.io_counters().read_bytes) if hasattr(process, "io_counters") else 0
+    except (psutil.Error, OSError):
+        return 0
+
+
+def _note(dropped: bool, size: int, read: int) -> str:
+    """What a cold number is worth: the disk must have been read for it."""
+    if not dropped:
+        return "not cold: this system cannot drop files from the page cache"
+    if read < size // 2:
+        return (
+            f"perhaps not cold: {read / 1e6:.1f} of {size / 1e6:.1f} MB were seen to come from disk"
+        )
+    return f"cold: {read / 1e6:.1f} MB came from disk"
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    # Libraries print to file descriptor 1; the answers go to a copy of it that only we know.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker: Worker | None = None
+    for line in sys.stdin:
+        request: dict[str, Any] = json.loads(line)
+        try:
+            if worker is None:
+                worker = Worker(request)
+                continue
+            answer = _answer(worker, request)
+        except ExportError as error:
+            answer = {"error": error.message, "hint": error.hint}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        if "error" in answer:
+            return
+
+
+def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
+    match request["do"]:
+        case "load":
+            return worker.load(cold=request["cold"])
+        case "round":
+            return worker.round()
+        case _:
+            return worker.finish()
+
+
+if __name__ == "__main__":
+    main()

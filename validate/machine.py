@@ -1,0 +1,95 @@
+"""The machine that numbers were measured on: a timing without it says nothing."""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+PACKAGES = ("torch", "onnxruntime", "onnx", "onnxscript", "numpy", "pillow", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """`cores` are those this process may use, `memory_bytes` the whole of the machine's.
+
+    `load` is the number of processes that wanted a core over the last minute, before measuring:
+    more than a fraction of one means that something else was running.
+    """
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    system: str
+    python: str
+    packages: Mapping[str, str]
+    load: float | None
+
+
+def describe() -> Machine:
+    """Look at this machine; imports none of the packages that it names."""
+    return Machine(
+        cpu=_cpu(),
+        cores=available_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        system=f"{platform.system()} {platform.release()} ({platform.machine()})",
+        python=platform.python_version(),
+        packages={name: found for name in PACKAGES if (found := _version(name))},
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def available_cores() -> int:
+    """Physical cores, or fewer where the process may not use them all."""
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return min(physical, len(os.sched_getaffinity(0)))
+    return physical
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes.
+
+    Linux carries `ru_maxrss` over from the process that started this one, so a small child of a
+    large parent would report the parent's; VmHWM is this program's own.
+    """
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # noqa: PLC0415 - not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> bool:
+    """Start `peak_memory` anew from what is held now; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
