@@ -4,6 +4,8 @@ The tensors are the configuration: sizes come from their names and shapes, and c
 cross-check. Every problem is collected before one ExportError is raised; nothing is written.
 """
 
+import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +17,13 @@ from torch import Tensor
 from . import checkpoint_apple, checkpoint_huggingface
 from .checkpoint_decoder import decoder_config, is_tied
 from .checkpoint_sizes import compare, decoder_shape, projector_layers, tower_config
-from .config import FastVLMConfig
+from .config import FastVLMConfig, preset
 from .errors import ExportError
 from .json_file import Section, read_json, read_json_if_there
 from .model.fastvlm import FastVLM, build
 from .preprocess import Preprocessing
 from .prompt import IMAGE_TOKEN
+from .random_weights import SCHEME, random_state
 from .tensor_names import Layout, detect, rename
 from .tokenizer import Tokenizer, collect_tokenizer
 from .weight_files import Weights, hash_files, read_weights
@@ -28,6 +31,9 @@ from .weight_files import Weights, hash_files, read_weights
 END_OF_TURN = "<|im_end|>"
 LARGEST_CONTEXT = 2**20
 SHOWN_PROBLEMS = 20
+BUNDLED_FOLDER = Path(__file__).parent / "assets" / "fastvlm-digits"
+RANDOM_RESOLUTION = 1024  # what the released models were trained for
+RANDOM_CONTEXT = 8192
 SUPPORTED_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 # What the hash of the source covers beside the weights: everything that changes the result.
 HASHED_FILES = (
@@ -47,11 +53,13 @@ HASHED_FILES = (
 class Checkpoint:
     """A FastVLM with everything that an export needs to know about it.
 
+    `name` is the folder's, or the preset's where the weights are random, and only for people.
     `resolution` is the image's side in pixels, `context` the most positions, `dtype` the stored
     types, `sha256` covers the files that were read, `notes` are findings worth a line each.
     `state` holds the stored tensors under FastVLM's names, mapped from the files.
     """
 
+    name: str
     path: Path
     layout: Layout
     config: FastVLMConfig
@@ -115,6 +123,7 @@ def load(path: Path) -> Checkpoint:
         raise _error(folder, problems)
     extra = [folder / name for name in HASHED_FILES if (folder / name).is_file()]
     return Checkpoint(
+        name=folder.resolve().name,
         path=folder,
         layout=tensors.layout,
         config=tensors.config,
@@ -128,6 +137,34 @@ def load(path: Path) -> Checkpoint:
         sha256=hash_files([*weights.files, *extra]),
         notes=tuple(notes),
         state=tensors.state,
+    )
+
+
+def bundled() -> Checkpoint:
+    """The small trained model that comes with the package (see its README)."""
+    return dataclasses.replace(load(BUNDLED_FOLDER), layout=Layout.BUNDLED)
+
+
+def random(preset_name: str, seed: int) -> Checkpoint:
+    """A released FastVLM's sizes with random weights, in Apple's released (inference) form.
+
+    The tokenizer is the bundled model's: its ids are a part of the larger vocabulary.
+    """
+    config = preset(preset_name)
+    small = bundled()
+    recipe = f"random {preset_name} {seed} {SCHEME}".encode()
+    return dataclasses.replace(
+        small,
+        name=preset_name,
+        layout=Layout.RANDOM,
+        config=config,
+        resolution=RANDOM_RESOLUTION,
+        context=min(RANDOM_CONTEXT, config.decoder.max_positions),
+        preprocessing=dataclasses.replace(small.preprocessing, resolution=RANDOM_RESOLUTION),
+        dtype="float32",
+        sha256=hashlib.sha256(recipe).hexdigest(),
+        notes=(f"random weights from seed {seed}: answers mean nothing",),
+        state=random_state(config, seed),
     )
 
 
