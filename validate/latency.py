@@ -68,7 +68,7 @@ class Plan:
 
     After `warmup` rounds come up to `runs`, fewer once `seconds` have passed but at least
     `least_runs`; each decodes `tokens` after the first. `loads` is the number of fresh processes
-    that each way of loading is timed in. `threads` 0 means every physical core.
+    that each way of loading is timed in.
     """
 
     warmup: int = 2
@@ -77,7 +77,6 @@ class Plan:
     seconds: float = 60.0
     tokens: int = 16
     loads: int = 3
-    threads: int = 0
 
     def __post_init__(self) -> None:
         if min(self.runs, self.least_runs, self.tokens) < 1 or min(self.warmup, self.loads) < 0:
@@ -218,7 +217,7 @@ def measure(
     if not subjects:
         raise ExportError("There is nothing to time.", "Run: fastvlm-export bench BUNDLE")
     machine_now = machine.describe()
-    threads = plan.threads or machine_now.cores
+    threads = machine_now.cores  # what every target's session uses
     with ExitStack() as stack:
         if isinstance(image, Image.Image):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastvlm-bench-"))

@@ -17,6 +17,7 @@ from .checks import Check, missing
 from .parity_types import (
     LIMITS,
     Case,
+    FreeRun,
     Limits,
     Measurement,
     ParityResult,
@@ -30,6 +31,7 @@ from .parity_types import (
 __all__ = [
     "LIMITS",
     "Case",
+    "FreeRun",
     "Limits",
     "Measurement",
     "ParityResult",
@@ -63,6 +65,7 @@ def compare(
     say = progress or (lambda _: None)
     measurements: list[Measurement] = []
     ties: list[Tie] = []
+    free_runs: list[FreeRun] = []
     for number, case in enumerate(cases, 1):
 
         def announce(stage: Stage, label: str = f"{case.name}, {number} of {len(cases)}") -> None:
@@ -71,6 +74,7 @@ def compare(
         comparison = _Comparison(reference, candidate, case, limits, steps, announce)
         measurements += comparison.run()
         ties += comparison.ties
+        free_runs += comparison.free_runs
     if not measurements:
         nothing = missing("images", 0.0, "no image was compared")
         measurements.append(
@@ -79,7 +83,11 @@ def compare(
             )
         )
     return ParityResult(
-        measurements=tuple(measurements), ties=tuple(ties), limits=limits, steps=steps
+        measurements=tuple(measurements),
+        ties=tuple(ties),
+        free_runs=tuple(free_runs),
+        limits=limits,
+        steps=steps,
     )
 
 
@@ -129,6 +137,7 @@ class _Comparison:
         self.reference, self.candidate = reference, candidate
         self.case, self.limits, self.steps, self.announce = case, limits, steps, announce
         self.ties: list[Tie] = []
+        self.free_runs: list[FreeRun] = []
 
     def run(self) -> Iterator[Measurement]:
         case, candidate = self.case, self.candidate
@@ -159,7 +168,15 @@ class _Comparison:
         self.announce(Stage.TEACHER_FORCED)
         yield from self._logits(Scope.END_TO_END, logits, self._forced_own(own, tokens))
         self.announce(Stage.GREEDY)
-        yield self._greedy(tokens, logits, self._free(own))
+        free = self._free(own)
+        self.free_runs.append(
+            FreeRun(
+                case=case.name,
+                reference=tuple(tokens[: self.steps]),
+                candidate=() if isinstance(free, _Absent) else tuple(free),
+            )
+        )
+        yield self._greedy(tokens, logits, free)
 
     def _splice(self, text: Array, image: Array) -> Array:
         return splice(self.case.prompt_ids, self.case.image_token_id, text, image)

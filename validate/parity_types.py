@@ -113,11 +113,21 @@ class Tie:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FreeRun:
+    """Greedy tokens of both sides on one case, `steps` of them; the candidate's may be missing."""
+
+    case: str
+    reference: tuple[int, ...]
+    candidate: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParityResult:
     """All measurements of a comparison. It passes where there is at least one and none failed."""
 
     measurements: tuple[Measurement, ...]
     ties: tuple[Tie, ...]
+    free_runs: tuple[FreeRun, ...]
     limits: Limits
     steps: int
 
@@ -182,6 +192,7 @@ class ParityResult:
                 for m in self.measurements
             ],
             "ties": [asdict(tie) for tie in self.ties],
+            "free_runs": [asdict(run) for run in self.free_runs],
         }
 
 
