@@ -138,6 +138,18 @@ class SubjectResult:
         """Decoding speed after the first token, at the median."""
         return self.tokens / self.decode.p50
 
+    def timing(self, name: str) -> Timing | None:
+        """`load_cold`, `load_warm`, a part, `ttft` or `decode` by name; None where not timed."""
+        if name in self.parts:
+            return self.parts[Part(name)]
+        others = {
+            "load_cold": self.load_cold,
+            "load_warm": self.load_warm,
+            "ttft": self.ttft,
+            "decode": self.decode,
+        }
+        return others[name]
+
     def to_dict(self) -> dict[str, object]:
         """Plain data: seconds, bytes, tokens per second."""
         return {
@@ -174,18 +186,17 @@ class LatencyResult:
         and `load_warm` are ratios of medians, where both have them.
         """
         ours = self.subjects[0]
-        steps = {part.value: (ours.parts[part], peer.parts[part]) for part in Part}
-        steps |= {"ttft": (ours.ttft, peer.ttft), "decode": (ours.decode, peer.decode)}
-        found = {
-            name: statistics.median(
-                b / a for a, b in zip(mine.seconds, theirs.seconds, strict=True)
+        found = {}
+        for name in (*Part, "ttft", "decode", "load_cold", "load_warm"):
+            mine, theirs = ours.timing(name), peer.timing(name)
+            if not mine or not theirs:
+                continue
+            paired = mine.n == theirs.n and not name.startswith("load")
+            found[str(name)] = (
+                statistics.median(b / a for a, b in zip(mine.seconds, theirs.seconds, strict=True))
+                if paired
+                else theirs.p50 / mine.p50
             )
-            for name, (mine, theirs) in steps.items()
-        }
-        for name in ("load_cold", "load_warm"):
-            mine, theirs = getattr(ours, name), getattr(peer, name)
-            if mine and theirs:
-                found[name] = theirs.p50 / mine.p50
         return found
 
     def to_dict(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Distances between a reference array and a candidate's, in float64; lower is better, PSNR apart."""
+"""Distances between a reference array and a candidate's, in float64. Lower is better."""
 
 from typing import Any
 

@@ -1,0 +1,126 @@
+"""A report with every section, of small made-up or quickly measured numbers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from fastvlm_export.validate import machine, parity
+from fastvlm_export.validate.accuracy import AccuracyReport, AnswerSample
+from fastvlm_export.validate.digits import Kind
+from fastvlm_export.validate.latency import Backend, LatencyResult, Part, SubjectResult, Timing
+from fastvlm_export.validate.report import Example, Export, File, Folding, Report
+from PIL import Image
+
+from .fakes import Altered, case, tiny_session
+
+IMAGE = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
+
+
+def parity_result(fault=lambda x: x * np.float32(1 + 1e-6)):
+    return parity.compare(
+        tiny_session(),
+        Altered(tiny_session(), decode=fault),
+        [case("digits-1.png"), case("flower.jpg", seed=1)],
+        parity.LIMITS["fp32"],
+        4,
+    )
+
+
+def subject(name="onnx", scale=1.0):
+    def timing(seconds):
+        return Timing(seconds=tuple(scale * seconds * (1 + i / 50) for i in range(9)))
+
+    parts = dict(zip(Part, map(timing, (0.012, 0.25, 0.14, 0.0004)), strict=True))
+    return SubjectResult(
+        name=name,
+        backend=Backend.BUNDLE,
+        setting="fp32; onnxruntime 1.31",
+        load_cold=timing(1.2),
+        load_warm=timing(0.3),
+        load_note="cold: 12.3 MB came from disk",
+        parts=parts,
+        ttft=timing(0.4024),
+        decode=timing(0.2),
+        tokens=16,
+        first_text="4",
+        peak_memory_bytes=int(412e6 * scale),
+    )
+
+
+def latency_result(*peers):
+    return LatencyResult(
+        subjects=(subject(), *peers),
+        machine=machine.describe(),
+        threads=2,
+        prompt_tokens=40,
+        warmup=2,
+    )
+
+
+def accuracy_report(wrong=()):
+    samples = [
+        AnswerSample(
+            image=IMAGE,
+            kind=list(Kind)[i % 3],
+            question=f"Question {i}?",
+            expected=str(i),
+            got="wrong" if i in wrong else str(i),
+        )
+        for i in range(30)
+    ]
+    return AccuracyReport(samples=tuple(samples))
+
+
+def accuracy(candidate_wrong=(3,), reference_wrong=(3,)):
+    from fastvlm_export.validate.proof import Accuracy
+
+    return Accuracy(
+        reference=accuracy_report(reference_wrong), candidate=accuracy_report(candidate_wrong)
+    )
+
+
+def folding():
+    fold = SimpleNamespace
+    del fold
+    from fastvlm_export.exporter.reparameterize import Fold
+
+    folds = tuple(
+        Fold(
+            block=f"network.0.{i}",
+            branches=4,
+            batch_norms=5,
+            layer_scales=1,
+            difference=2e-7 * (i + 1),
+            limit=1e-5,
+        )
+        for i in range(5)
+    )
+    return Folding(folds=folds, difference=3e-7, limit=1e-5)
+
+
+def full_report(**changes):
+    values = {
+        "source": "fastvlm-digits",
+        "target": "onnx",
+        "recipe": "fp32",
+        "checkpoint": {
+            "layout": "apple",
+            "parameters": {"tower": 2_000_000, "decoder": 1_000_000},
+            "notes": ["lm_head.weight is a redundant copy"],
+        },
+        "reparameterization": folding(),
+        "export": Export(
+            seconds={"Load the checkpoint": 0.3, "Lower to onnx": 24.0},
+            peak_memory_bytes=900_000_000,
+            files=(
+                File(path="onnx/vision_encoder.onnx", bytes=9_000_000, sha256="ab" * 32),
+                File(path="tokenizer.json", bytes=21_000, sha256="cd" * 32),
+            ),
+        ),
+        "parity": parity_result(),
+        "accuracy": accuracy(),
+        "latency": latency_result(subject("PyTorch eager", 3.1)),
+        "examples": (
+            Example(image=IMAGE, name="a.png", question="What?", reference="7", candidate="7"),
+        ),
+    }
+    return Report(**(values | changes))

@@ -1,0 +1,82 @@
+"""Numbers as people read them, and values as strict JSON takes them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
+
+STAGE_NAMES = {
+    "preprocess": "Preprocessing",
+    "image_features": "Image features",
+    "embeddings": "Embeddings",
+    "first_token": "First-token logits",
+    "teacher_forced": "Teacher-forced logits",
+    "greedy": "Greedy tokens",
+}
+PART_NAMES = {
+    "load_cold": "Load, cold",
+    "load_warm": "Load, warm",
+    "preprocess": "Preprocess",
+    "encode": "Encode image",
+    "prefill": "Prefill",
+    "first_token": "First token",
+    "ttft": "TTFT",
+    "decode": "Decode",
+}
+
+
+def plain(value: object) -> object:
+    """Dataclasses, enums and paths as JSON values; what is not finite becomes None."""
+    out: object = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    elif isinstance(value, Enum):
+        out = plain(value.value)
+    elif isinstance(value, Mapping):
+        out = {str(plain(key)): plain(item) for key, item in value.items()}
+    elif isinstance(value, float):
+        out = value if math.isfinite(value) else None
+    elif isinstance(value, PurePath):
+        out = value.as_posix()
+    elif isinstance(value, Sequence | set | frozenset) and not isinstance(value, str):
+        out = [plain(item) for item in value]
+    elif not isinstance(value, str | int | None):
+        out = str(value)
+    return out
+
+
+def number(value: float) -> str:
+    """Three digits: 0, 0.123, 4.5, 1.2e-06."""
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else ("∞" if value > 0 else "-∞")
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """0.42 ms, 12.3 ms, 456 ms, 7.89 s, 3 min 20 s."""
+    if seconds >= 120:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+    milliseconds = seconds * 1000
+    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1000: 812 B, 1.23 MB, 2.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def share(right: int, total: int) -> str:
+    """98.3 % (295 of 300); never rounded up to 100 %."""
+    if not total:
+        return "nothing was asked"
+    percent = math.floor(1000 * right / total) / 10
+    return f"{percent:.4g} % ({right} of {total})"

@@ -1,0 +1,168 @@
+"""The same findings as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from . import formats
+from .formats import PART_NAMES, STAGE_NAMES
+from .latency import LatencyResult, SubjectResult
+from .parity import ParityResult, Scope, summarize
+
+if TYPE_CHECKING:
+    from .proof import Accuracy
+    from .report import Report
+
+
+def render(report: "Report") -> Group:
+    """Everything a report holds, and the verdict last, where the eye ends up."""
+    parts: list[RenderableType] = []
+    if report.parity:
+        parts.append(parity(report.parity))
+    if report.accuracy:
+        parts.append(accuracy(report.accuracy, report.target))
+    if report.latency:
+        parts.append(latency(report.latency))
+    word, style = ("✓ Passed", "green") if report.passed else ("✗ Failed", "red")
+    parts.append(Text.assemble((f"{word}  ", f"bold {style}"), report.verdict))
+    return Group(*parts)
+
+
+def parity(result: ParityResult) -> Table:
+    """The worst of each check over all images, by stage."""
+    images = len({m.case for m in result.measurements})
+    table = _table(f"Parity with PyTorch, worst of {images} images, {result.steps} tokens")
+    for name in ("Stage", "Inputs", "Check"):
+        table.add_column(name)
+    for name in ("Worst", "Limit"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    before = None
+    for line in summarize(result):
+        stage = STAGE_NAMES[line.stage] if line.stage != before else ""
+        before = line.stage
+        mark = Text("✓", "green")
+        if not line.check.passed:
+            mark = Text(f"✗ {line.case} {line.check.message}", "red")
+        table.add_row(
+            Text(stage, "bold"),
+            Text("reference's" if line.scope is Scope.ISOLATED else "its own", "dim"),
+            line.check.name,
+            formats.number(line.check.value),
+            Text(formats.number(line.check.limit), "dim"),
+            mark,
+        )
+    if result.ties:
+        table.caption = f"{len(result.ties)} token ties within rounding: see the report"
+    return table
+
+
+def accuracy(found: "Accuracy", target: str) -> Table:
+    """Exact answers by kind of question."""
+    table = _table("Exact answers on held-out digits")
+    for name in ("Question", target, "PyTorch"):
+        table.add_column(name)
+    ours, theirs = found.candidate, found.reference
+    for kind, part in ours.kinds.items():
+        other = theirs.kinds[kind]
+        table.add_row(
+            kind.value,
+            formats.share(part.right, part.total),
+            formats.share(other.right, other.total),
+        )
+    table.add_row(
+        "all",
+        formats.share(ours.total.right, ours.total.total),
+        formats.share(theirs.total.right, theirs.total.total),
+        style="bold",
+    )
+    return table
+
+
+def latency(result: LatencyResult) -> Table:
+    """Median and 95th percentile of each part; the ratio where there is a peer."""
+    peers = result.subjects[1:]
+    ours = result.subjects[0]
+    table = _table(
+        f"Time to first token, {result.prompt_tokens} prompt tokens, {ours.ttft.n} runs, "
+        f"{result.threads} threads"
+    )
+    table.add_column("Part")
+    for subject in result.subjects:
+        table.add_column(subject.name, justify="right")
+        table.add_column("p95", justify="right", style="dim")
+    for peer in peers:
+        table.add_column(f"{peer.name} / {ours.name}", justify="right")
+    ratios = [result.ratios(peer) for peer in peers]
+    for name, label in PART_NAMES.items():
+        cells = [cell for subject in result.subjects for cell in _timing(subject, name)]
+        times = [f"{ratio[name]:.2f}x" if name in ratio else "" for ratio in ratios]
+        table.add_row(label, *cells, *times, style="bold" if name == "ttft" else "")
+    memory = [cell for one in result.subjects for cell in (formats.size(one.peak_memory_bytes), "")]
+    more = [f"{peer.peak_memory_bytes / ours.peak_memory_bytes:.2f}x" for peer in peers]
+    table.add_row("Peak memory", *memory, *more)
+    table.caption = Text(
+        "\n".join(
+            f"{subject.name}: {subject.setting}; load {subject.load_note}"
+            for subject in result.subjects
+        )
+    )
+    return table
+
+
+def _timing(subject: SubjectResult, name: str) -> tuple[str, str]:
+    """Median and p95 cells of one part."""
+    timing = subject.timing(name)
+    if timing is None:
+        return "-", ""
+    if name == "decode":
+        return f"{subject.tokens_per_second:.3g} tokens/s", ""
+    return formats.duration(timing.p50), formats.duration(timing.p95)
+
+
+def facts(found: Mapping[str, object], title: str) -> Table:
+    """Labels and values, as `inspect` gives them."""
+    table = _table(title)
+    table.show_header = False
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for label, value in found.items():
+        table.add_row(Text(label), Text(_lines(value)))
+    return table
+
+
+def _lines(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "\n".join(str(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def targets(rows: Sequence[Mapping[str, object]]) -> Table:
+    """What each target can do here."""
+    table = _table("Targets")
+    for name in ("Target", "Export here", "Run here", "Recipes", "Versions, or what to do"):
+        table.add_column(name)
+    for row in rows:
+        versions = row["versions"]
+        found = _lines(versions).replace("\n", ", ") if isinstance(versions, Mapping) else ""
+        table.add_row(
+            Text(str(row["target"]), "bold"),
+            _yes(row["lower"]),
+            _yes(row["run"]),
+            _lines(row["recipes"]).replace("\n", ", "),
+            Text(str(row["remedy"] or found)),
+        )
+    return table
+
+
+def _yes(value: object) -> Text:
+    return Text("✓ yes", "green") if value else Text("✗ no", "red")
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title, "bold"), title_justify="left", caption_justify="left")
