@@ -1,0 +1,64 @@
+"""ONNX graph -> file, with external data in chunks where a graph is too large for one file."""
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+INLINE_LIMIT = 1_500_000_000
+"""Bytes of weights that stay inside the .onnx file. protobuf ends at 2 GiB, and a browser or Node
+holds the whole file in one buffer of at most that size while the weights are copied out."""
+
+CHUNK_LIMIT = 2_000_000_000
+"""Bytes of one external data file: a buffer of a browser holds 2 GiB. A single larger tensor (the
+7B model's head) gets a file of its own."""
+
+SMALL = 1024
+"""Bytes up to which a tensor stays in the graph: shapes and scalars must, for shape inference."""
+
+ALIGNMENT = 4096
+"""Offsets of large tensors fall on pages, so that a runtime can map them."""
+
+
+def save(model: ir.Model, path: Path) -> int:
+    """Write `path` and, when it is needed, `path`_data, `path`_data_1, ...; returns their number.
+
+    The same model gives the same bytes. The checker reads the result from the disk.
+    """
+    weights = [
+        value for _, value in sorted(model.graph.initializers.items()) if _nbytes(value) > SMALL
+    ]
+    chunks: list[list[ir.Value]] = []
+    if sum(_nbytes(value) for value in weights) > INLINE_LIMIT:
+        chunks = split(weights)
+    for index, chunk in enumerate(chunks):
+        suffix = f"_{index}" if index else ""
+        external = ir.external_data.convert_tensors_to_external(
+            [value.const_value for value in chunk if value.const_value is not None],
+            base_dir=path.parent,
+            relative_path=f"{path.name}_data{suffix}",
+            alignment=ALIGNMENT,
+        )
+        for value, tensor in zip(chunk, external, strict=True):
+            value.const_value = tensor
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    return len(chunks)
+
+
+def split(weights: list[ir.Value]) -> list[list[ir.Value]]:
+    """Consecutive groups of at most CHUNK_LIMIT bytes, padding included."""
+    chunks: list[list[ir.Value]] = []
+    filled = CHUNK_LIMIT + 1
+    for value in weights:
+        size = -(-_nbytes(value) // ALIGNMENT) * ALIGNMENT
+        if filled + size > CHUNK_LIMIT:
+            chunks.append([])
+            filled = 0
+        chunks[-1].append(value)
+        filled += size
+    return chunks
+
+
+def _nbytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else int(value.const_value.nbytes)

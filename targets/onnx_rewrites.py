@@ -1,0 +1,155 @@
+"""Graph rewrites between torch.onnx and the file: fewer, larger operators, the same numbers.
+
+Each rule names what it matches and what it becomes. Both sides are the same function of real
+numbers; tests/targets/test_onnx_rewrites.py holds the rounding against a limit.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.rewriter.pattern as patterns
+from onnxscript import rewriter
+
+from .onnx_attention import MICROSOFT
+
+EPS_OF_CHANNEL_NORM = 1e-5
+
+
+def rewrite(model: ir.Model) -> None:
+    """Apply every rule in place."""
+    rewriter.rewrite(model, pattern_rewrite_rules=[_CHANNEL_NORM, _RMS_NORM])
+    rewriter.rewrite(model, pattern_rewrite_rules=[_SKIP_RMS_NORM])
+    fold_transposed_weights(model)
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if constant is None or constant.size != 1 else float(constant.numpy().item())
+
+
+def _rms_norm(op: Any, x: Any, epsilon: Any, weight: Any) -> Any:
+    mean = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
+    return op.Mul(op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon)))), weight)
+
+
+def _fused_rms_norm(op: Any, x: Any, epsilon: ir.Value, weight: Any) -> Any:
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=_scalar(epsilon), stash_type=1)
+
+
+def _epsilon_known(_: Any, epsilon: ir.Value, **__: Any) -> bool:
+    return _scalar(epsilon) is not None
+
+
+_RMS_NORM = patterns.RewriteRule(_rms_norm, _fused_rms_norm, _epsilon_known, name="RmsNorm")
+"""x / sqrt(mean(x^2) + eps) * weight, seven nodes -> RMSNormalization (opset 23)."""
+
+
+def _skip_rms_norm(op: Any, x: Any, skip: Any, weight: Any) -> Any:
+    total = op.Add(x, skip)
+    return op.RMSNormalization(total, weight, _outputs=["normed"]), total
+
+
+def _fused_skip_rms_norm(op: Any, x: Any, skip: Any, weight: Any, normed: ir.Value) -> Any:
+    norm = normed.producer()
+    if norm is None:
+        raise ValueError("the matched norm has no node")
+    normed, _, _, total = op.SkipSimplifiedLayerNormalization(
+        x,
+        skip,
+        weight,
+        epsilon=norm.attributes.get_float("epsilon"),
+        _domain=MICROSOFT,
+        _version=1,
+        _outputs=4,
+    )
+    return normed, total
+
+
+_SKIP_RMS_NORM = patterns.RewriteRule(_skip_rms_norm, _fused_skip_rms_norm, name="SkipRmsNorm")
+"""The residual sum and the norm after it, which both go on -> one node, the sum read once."""
+
+
+def _channel_norm(
+    op: Any, x: Any, shape: Any, one: Any, least: Any, epsilon: Any, weight: Any, bias: Any
+) -> Any:
+    peak = op.Clip(op.ReduceMax(op.Abs(x), [1], keepdims=1), one)
+    scaled = op.Div(x, peak)
+    centred = op.Sub(scaled, op.ReduceMean(scaled, [1], keepdims=1))
+    spread = op.Clip(op.ReduceMax(op.Abs(centred), [1], keepdims=1), least)
+    unit = op.Div(centred, spread)
+    size = op.Mul(peak, spread)
+    variance = op.ReduceMean(op.Mul(unit, unit), [1], keepdims=1)
+    small = op.Div(op.Mul(op.Reciprocal(size), epsilon), size)
+    normed = op.Mul(unit, op.Reciprocal(op.Sqrt(op.Add(variance, small))))
+    placed = op.Add(op.Mul(normed, weight), bias)
+    return op.Transpose(op.Reshape(placed, shape), perm=[0, 2, 1])
+
+
+def _fused_channel_norm(
+    op: Any, x: Any, shape: Any, epsilon: ir.Value, weight: ir.Value, bias: ir.Value, **_: Any
+) -> Any:
+    tokens = op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1])
+    flat = [
+        op.initializer(ir.tensor(value.const_value.numpy().reshape(-1), name=f"{value.name}.flat"))
+        for value in (weight, bias)
+        if value.const_value is not None
+    ]
+    return op.LayerNormalization(tokens, *flat, axis=-1, epsilon=_scalar(epsilon))
+
+
+def _is_float32_norm(
+    _: Any, x: ir.Value, epsilon: ir.Value, weight: ir.Value, bias: ir.Value, **__: Any
+) -> bool:
+    constant = weight.const_value is not None and bias.const_value is not None
+    return x.dtype == ir.DataType.FLOAT and _scalar(epsilon) is not None and constant
+
+
+_CHANNEL_NORM = patterns.RewriteRule(
+    _channel_norm, _fused_channel_norm, _is_float32_norm, name="ChannelNorm"
+)
+"""The overflow-safe norm over channels, then [B,C,H,W] -> [B,N,C]  ->  LayerNormalization.
+
+Only in float32, where squares can't overflow; the safe form takes a dozen passes over the map.
+"""
+
+
+def fold_transposed_weights(model: ir.Model) -> None:
+    """Transpose(weight) -> the transposed weight, computed only as the file is written.
+
+    torch.nn.Linear keeps [out,in], MatMul wants [in,out]. onnxscript folds the small ones and
+    leaves the large to the runtime, which would redo them at each load with twice the memory.
+    """
+    graph = model.graph
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or weight.const_value is None:
+            continue
+        order = node.attributes.get_ints("perm")
+        if list(order) != [1, 0]:
+            continue
+        tensor = _transposed(weight.const_value)
+        folded = ir.Value(
+            name=tensor.name,
+            const_value=tensor,
+            shape=tensor.shape,
+            type=ir.TensorType(tensor.dtype),
+        )
+        graph.register_initializer(folded)
+        ir.convenience.replace_all_uses_with(node.outputs[0], folded)
+        graph.remove(node, safe=True)
+        if not weight.uses():
+            del graph.initializers[str(weight.name)]
+
+
+def _transposed(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=tensor.name)
+
+    rows, columns = tensor.shape.numpy()
+    return ir.LazyTensor(
+        compute,
+        dtype=tensor.dtype,
+        shape=ir.Shape([columns, rows]),
+        name=f"{tensor.name}.transposed",
+    )

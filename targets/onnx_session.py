@@ -1,0 +1,101 @@
+"""The ONNX bundle in ONNX Runtime on the CPU: no copy of the cache, no allocation per token."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+
+from ..exporter.errors import ExportError
+from .base import Array, TokenIds
+from .eager import check_context
+
+
+def threads() -> int:
+    """Physical cores that this process may use: hyperthreads share the units that matrices need."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
+
+
+class OnnxSession:
+    """Vision, embedding and decoder graphs, batch 1, float32. See `Session`.
+
+    Keys and values lie in buffers of the whole context that are bound as past and as present at
+    once, so that GroupQueryAttention appends in place.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], context: int) -> None:
+        self.context = context
+        self.vision = _load(paths["vision"])
+        self.embedding = _load(paths["embedding"], intra_op_threads=1)  # one gather
+        self.decoder = _load(paths["decoder"])
+        self.past = 0
+        self._mask = np.ones((1, context), dtype=np.int64)
+        self._binding = self.decoder.io_binding()
+        self._logits = np.zeros((1, 1, _last_size(self.decoder, "logits")), dtype=np.float32)
+        _bind_output(self._binding, "logits", self._logits)
+        self._cache = [
+            self._shared_buffer(node.name, tuple(node.shape))
+            for node in self.decoder.get_inputs()
+            if node.name.startswith("past_key_values.")
+        ]
+
+    def _shared_buffer(self, name: str, shape: tuple[Any, ...]) -> Array:
+        buffer = np.zeros((1, shape[1], self.context, shape[3]), dtype=np.float32)
+        _bind_input(self._binding, name, buffer)
+        _bind_output(self._binding, name.replace("past_key_values", "present"), buffer)
+        return buffer
+
+    def encode_image(self, pixels: Array) -> Array:
+        """Pixels [1,3,R,R] -> [1,N,D]."""
+        out: Array = self.vision.run(None, {"pixel_values": pixels})[0]
+        return out
+
+    def embed(self, input_ids: TokenIds) -> Array:
+        """Token ids [1,S] -> [1,S,D]."""
+        out: Array = self.embedding.run(None, {"input_ids": input_ids})[0]
+        return out
+
+    def decode(self, inputs_embeds: Array) -> Array:
+        """Embeddings [1,S,D] -> logits of the last position [1,V]."""
+        new = inputs_embeds.shape[1]
+        check_context(self.past, new, self.context)
+        embeds = np.ascontiguousarray(inputs_embeds)
+        _bind_input(self._binding, "inputs_embeds", embeds)
+        _bind_input(self._binding, "attention_mask", self._mask[:, : self.past + new])
+        self.decoder.run_with_iobinding(self._binding)
+        self.past += new
+        return self._logits[:, 0].copy()
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.past = 0
+
+
+def _load(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = intra_op_threads or threads()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's classes share no other base
+        raise ExportError(
+            f"{path} cannot be loaded by ONNX Runtime: {error}",
+            "Export it again: fastvlm-export --target onnx --out DIR --force",
+        ) from error
+
+
+def _last_size(session: ort.InferenceSession, output: str) -> int:
+    return int(next(node.shape[-1] for node in session.get_outputs() if node.name == output))
+
+
+def _bind_input(binding: Any, name: str, array: np.ndarray[Any, Any]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: np.ndarray[Any, Any]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
