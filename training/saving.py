@@ -38,7 +38,7 @@ def write_checkpoint(model: FastVLM, tokenizer: Tokenizer, folder: Path) -> None
         for name, value in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    end, begin = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    begin, _, end = tokenizer.encode("".join(corpus.SPECIAL)).ids
     _write_json(folder / "config.json", config_json(model.config, begin=begin, end=end))
     _write_json(
         folder / "generation_config.json",

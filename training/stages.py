@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -56,15 +57,7 @@ def fit(stage: Stage, modules: Iterable[nn.Module], step: Step) -> Figures:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
-
-    def share(index: int) -> float:
-        progress = (index + 1) / stage.steps
-        if progress < stage.warmup:
-            return progress / stage.warmup
-        along = (progress - stage.warmup) / (1 - stage.warmup)
-        return stage.floor + (1 - stage.floor) * (1 + math.cos(math.pi * along)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share(stage, done + 1))
     began = time.monotonic()
     sums: Figures = {}
     figures: Figures = {}
@@ -73,20 +66,25 @@ def fit(stage: Stage, modules: Iterable[nn.Module], step: Step) -> Figures:
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"{stage.name}: the loss is {loss.item()} at step {index}")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         for name, value in {"loss": loss.item(), **seen}.items():
             sums[name] = sums.get(name, 0.0) + value / _REPORT_EVERY
         if index % _REPORT_EVERY == 0:
-            figures, sums = sums, {}
-            text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            print(
-                f"{stage.name} {index}/{stage.steps} {time.monotonic() - began:.0f} s  {text}",
-                flush=True,
-            )
+            figures, sums = {name: round(value, 5) for name, value in sums.items()}, {}
+            print(f"{stage.name} {index}/{stage.steps} {json.dumps(figures)}", flush=True)
     return {**figures, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _share(stage: Stage, step: int) -> float:
+    """Return the part of the peak rate at a step counted from one."""
+    progress = step / stage.steps
+    if progress < stage.warmup:
+        return progress / stage.warmup
+    along = (progress - stage.warmup) / (1 - stage.warmup)
+    return stage.floor + (1 - stage.floor) * (1 + math.cos(math.pi * along)) / 2
 
 
 class TowerHeads(nn.Module):
@@ -252,7 +250,8 @@ def train_everything(
 
 
 def _any_kind(rng: random.Random) -> Kind | None:
-    return rng.choice([*Kind, None])
+    kinds: list[Kind | None] = [*Kind, None]
+    return rng.choice(kinds)
 
 
 def _kinds(rng: random.Random, count: int) -> list[Kind | None]:
@@ -276,27 +275,30 @@ def exact_answers(model: FastVLM, writer: Writer, count: int = 300) -> Figures:
     figures: Figures = {}
     for kind in Kind:
         chosen = [question for question in asked if question.kind is kind]
-        before, after, _ = writer.turn(chosen[0].text, "")
-        ids = torch.tensor(before), torch.tensor(after)
-        inputs = torch.cat(
-            [
-                model.embed(ids[0]).expand(len(chosen), -1, -1),
-                features[[question.image_index for question in chosen]],
-                model.embed(ids[1]).expand(len(chosen), -1, -1),
-            ],
-            dim=1,
-        )
-        written: list[Tensor] = []
-        for _ in range(digits.MAX_DIGITS + 1):
-            written.append(model(inputs)[:, -1].argmax(-1))
-            inputs = torch.cat([inputs, model.embed(written[-1])[:, None]], dim=1)
-        rows = torch.stack(written, dim=1).tolist()
-        texts = [writer.tokenizer.decode(_until(row, writer.end[0])) for row in rows]
+        seen = features[[question.image_index for question in chosen]]
+        texts = _answer(model, writer, digits.QUESTIONS[kind], seen)
         right = [text == question.answer for text, question in zip(texts, chosen, strict=True)]
         figures[kind] = sum(right) / len(right)
     figures["all"] = sum(figures.values()) / len(figures)
     return figures
 
 
-def _until(row: list[int], end: int) -> list[int]:
-    return row[: row.index(end)] if end in row else row
+def _answer(model: FastVLM, writer: Writer, question: str, features: Tensor) -> list[str]:
+    """Ask one question about every image, features [B,N,D]; greedy, without a cache."""
+    before, after, _ = writer.turn(question, "")
+    count = len(features)
+    inputs = torch.cat(
+        [
+            model.embed(torch.tensor(before)).expand(count, -1, -1),
+            features,
+            model.embed(torch.tensor(after)).expand(count, -1, -1),
+        ],
+        dim=1,
+    )
+    written: list[Tensor] = []
+    for _ in range(digits.MAX_DIGITS + 1):
+        written.append(model(inputs)[:, -1].argmax(-1))
+        inputs = torch.cat([inputs, model.embed(written[-1])[:, None]], dim=1)
+    (end,) = writer.end
+    rows = torch.stack(written, dim=1).tolist()
+    return [writer.tokenizer.decode(row[: [*row, end].index(end)]) for row in rows]

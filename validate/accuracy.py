@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..exporter.errors import ExportError
 from ..exporter.preprocess import Preprocessing, preprocess
@@ -16,11 +16,21 @@ from .digits import Kind, Question
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..exporter.tokenizer import Tokenizer
-
 MAX_NEW_TOKENS = 8  # the longest answer has five tokens: four digits and the end
 
 Progress = Callable[[int, int], None]  # questions answered, questions in all
+
+
+class Codec(Protocol):
+    """What is needed of a tokenizer: text to ids and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens parsed, none added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +96,7 @@ def evaluate(
     session: Session,
     questions: Sequence[Question],
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Codec,
     preprocessing: Preprocessing,
     image_token_id: int,
     image_tokens: int,

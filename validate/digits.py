@@ -242,7 +242,10 @@ def _draw(
         (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
     )
     strength = 1 + rng.uniform(-augmentation.ink, augmentation.ink)
-    return np.clip(np.asarray(bent, np.float32) * strength, 0, 255).astype(np.uint8)
+    drawn: NDArray[np.uint8] = np.clip(np.asarray(bent, np.float32) * strength, 0, 255).astype(
+        np.uint8
+    )
+    return drawn
 
 
 def _paint(rng: random.Random) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
