@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 
-STAGE_NAMES = {
-    "preprocess": "Preprocessing",
-    "image_features": "Image features",
-    "embeddings": "Embeddings",
-    "first_token": "First-token logits",
-    "teacher_forced": "Teacher-forced logits",
-    "greedy": "Greedy tokens",
+TARGET_NAMES = {
+    "onnx": "ONNX",
+    "tensorrt": "TensorRT",
+    "coreml": "Core ML",
+    "executorch": "ExecuTorch",
 }
 PART_NAMES = {
     "load_cold": "Load, cold",

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from . import formats, plots
-from .parity import Measurement, Stage, summarize
+from .parity import STAGE_NAMES, Measurement, Stage, summarize
 
 if TYPE_CHECKING:
     from .accuracy import AnswerSample
@@ -71,8 +72,9 @@ def _environment() -> Environment:
         "number": formats.number,
         "duration": formats.duration,
         "size": formats.size,
-        "stage_name": lambda stage: formats.STAGE_NAMES.get(stage, stage),
-        "part_name": lambda part: formats.PART_NAMES.get(part, part),
+        "stage_name": STAGE_NAMES.__getitem__,
+        "target_name": lambda name: formats.TARGET_NAMES.get(name, name),
+        "day": lambda text: f"{datetime.fromisoformat(text):%d %B %Y, %H:%M} UTC".lstrip("0"),
     }
     environment.globals["share"] = formats.share
     return environment

@@ -16,6 +16,7 @@ from . import metrics
 from .checks import Check, missing
 from .parity_types import (
     LIMITS,
+    STAGE_NAMES,
     Case,
     FreeRun,
     Limits,
@@ -30,6 +31,7 @@ from .parity_types import (
 
 __all__ = [
     "LIMITS",
+    "STAGE_NAMES",
     "Case",
     "FreeRun",
     "Limits",

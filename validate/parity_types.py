@@ -169,8 +169,10 @@ class ParityResult:
         if not self.failures:
             if self.worst is None:
                 return "Nothing was compared."
-            return f"Every stage agrees; nearest to its limit: {_describe(*self.worst)}."
-        return f"{self.failures[0][0].stage} broke first: {_describe(*self.failures[0])}."
+            return f"Every stage agrees with PyTorch. Nearest to a limit: {_describe(*self.worst)}."
+        others = len({measurement.stage for measurement, _ in self.failures}) - 1
+        after = f" After it {others} more fail." if others else ""
+        return f"The first stage to break: {_describe(*self.failures[0])}.{after}"
 
     def to_dict(self) -> dict[str, object]:
         """Plain data. Numbers may be NaN or infinite: `report.to_json` writes those as null."""
@@ -198,33 +200,61 @@ class ParityResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One line of the table: the worst value of one check over all cases."""
+    """One line of a table: the worst of one check over all cases, and the case it came from."""
 
     stage: Stage
-    scope: Scope
-    check: Check
-    case: str
-    cases: int
+    name: str
+    limit: float
+    worst: Mapping[Scope, tuple[Check, str]]
+
+    @property
+    def overall(self) -> tuple[Check, str]:
+        """The worse of the two scopes."""
+        return max(self.worst.values(), key=_badness)
+
+    @property
+    def passed(self) -> bool:
+        """True where every scope passed."""
+        return all(check.passed for check, _ in self.worst.values())
 
 
 def summarize(result: ParityResult) -> list[Summary]:
-    """The worst of each stage, scope and check over the cases, in the order of the pipeline."""
-    groups: dict[tuple[Stage, Scope, str], list[tuple[Measurement, Check]]] = {}
+    """The worst of each stage's checks over the cases, in the order of the pipeline."""
+    groups: dict[tuple[Stage, str], dict[Scope, list[tuple[Check, str]]]] = {}
     for measurement in result.measurements:
         for check in measurement.checks:
-            key = (measurement.stage, measurement.scope, check.name)
-            groups.setdefault(key, []).append((measurement, check))
-    lines = []
-    for (stage, scope, _), pairs in groups.items():
-        worst, check = max(pairs, key=lambda pair: (pair[1].severity, pair[1].value))
-        lines.append(
-            Summary(stage=stage, scope=scope, check=check, case=worst.case, cases=len(pairs))
+            scopes = groups.setdefault((measurement.stage, check.name), {})
+            scopes.setdefault(measurement.scope, []).append((check, measurement.case))
+    lines = [
+        Summary(
+            stage=stage,
+            name=name,
+            limit=next(iter(scopes.values()))[0][0].limit,
+            worst={scope: max(found, key=_badness) for scope, found in scopes.items()},
         )
-    order = list(Stage)
-    return sorted(lines, key=lambda line: (order.index(line.stage), line.scope != Scope.ISOLATED))
+        for (stage, name), scopes in groups.items()
+    ]
+    return sorted(lines, key=lambda line: list(Stage).index(line.stage))
+
+
+def _badness(found: tuple[Check, str]) -> tuple[float, float]:
+    """Orders checks of one limit: no number at all is the worst."""
+    check = found[0]
+    return check.severity, check.value if check.value == check.value else float("inf")
+
+
+STAGE_NAMES = {
+    Stage.PREPROCESS: "Preprocessing",
+    Stage.IMAGE_FEATURES: "Image features",
+    Stage.EMBEDDINGS: "Embeddings",
+    Stage.FIRST_TOKEN: "First-token logits",
+    Stage.TEACHER_FORCED: "Teacher-forced logits",
+    Stage.GREEDY: "Greedy tokens",
+}
 
 
 def _describe(measurement: Measurement, check: Check) -> str:
-    scope = "on the reference's inputs" if measurement.scope is Scope.ISOLATED else "end to end"
+    scope = "fed by the reference" if measurement.scope is Scope.ISOLATED else "end to end"
     on = f" on {measurement.case}" if measurement.case else ""
-    return f"{measurement.stage} {check}{on}, {scope}"
+    number = check.message or f"{check.value:.3g} (limit {check.limit:.3g})"
+    return f"{STAGE_NAMES[measurement.stage]}, {check.name}: {number}{on}, {scope}"

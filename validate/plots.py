@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from .formats import PART_NAMES, STAGE_NAMES, duration, number
+from .formats import PART_NAMES, duration, number
 from .latency import LatencyResult, Part
-from .parity import ParityResult, Scope, Summary, summarize
+from .parity import STAGE_NAMES, ParityResult, Scope, Summary, summarize
 
 WIDTH = 880
 
@@ -75,12 +75,13 @@ def _legend(left: float) -> list[str]:
 
 
 def parity(result: ParityResult) -> Markup:
-    """The worst value of each check on a log scale, a dot, against its limit, a bar across.
+    """The worst value of each check on a log scale against its limit.
 
-    A value of 0 stands at the left edge; one that is missing or infinite at the right.
+    A dot is fed by the reference, a ring lives on what the artifact made itself. A value of 0
+    stands at the left edge, one that is missing or infinite at the right.
     """
     lines = summarize(result)
-    left, right, row, top = 330, 120, 24, 30
+    left, right, row, top = 330, 120, 26, 34
     low, high = _decades(lines)
     height = top + row * len(lines) + 26
 
@@ -91,32 +92,53 @@ def parity(result: ParityResult) -> Markup:
         share = (min(max(exponent, low), high) - low) / (high - low)
         return left + share * (WIDTH - left - right)
 
-    out = [_text(left, 14, "● worst value      ▏limit      left edge: exactly 0", "tick")]
+    out = _parity_legend(left)
     for exponent in range(low, high + 1, 2 if high - low > 8 else 1):
         x = place(10.0**exponent)
         out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - 22}" class="grid"/>')
-        out.append(
-            _text(x, height - 6, "0" if exponent == low else f"1e{exponent}", "tick", "middle")
-        )
+        text = "0" if exponent == low else f"1e{exponent}"
+        out.append(_text(x, height - 6, text, "tick", "middle"))
     before = None
     for index, line in enumerate(lines):
         y = top + row * index + row / 2
         if line.stage != before:
-            out.append(f'<line x1="0" x2="{WIDTH}" y1="{y - 12}" y2="{y - 12}" class="rule"/>')
+            edge = y - row / 2
+            out.append(f'<line x1="0" x2="{WIDTH}" y1="{edge}" y2="{edge}" class="rule"/>')
             out.append(_text(0, y + 5, STAGE_NAMES[line.stage], "label"))
         before = line.stage
-        scope = "" if line.scope is Scope.ISOLATED else ", end to end"
-        out.append(_text(left - 12, y + 4, line.check.name + scope, "tick", "end"))
-        x, limit = place(line.check.value), place(line.check.limit)
-        style = "good" if line.check.passed else "bad"
-        out.append(f'<line x1="{left}" x2="{x:.1f}" y1="{y}" y2="{y}" class="stem"/>')
+        out.append(_text(left - 14, y + 4, line.name, "tick", "end"))
+        limit, furthest = place(line.limit), place(line.overall[0].value)
+        out.append(f'<line x1="{left}" x2="{furthest:.1f}" y1="{y}" y2="{y}" class="stem"/>')
+        out.append(_limit(limit, y))
+        for scope, (check, _) in line.worst.items():
+            out.append(_mark(place(check.value), y, scope, check.passed))
+        style = "good" if line.passed else "bad"
+        sign = "✓" if line.passed else "✗"
         out.append(
-            f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="{y - 8}" y2="{y + 8}" class="limit"/>'
+            _text(WIDTH - right + 16, y + 4, f"{sign} {number(line.overall[0].value)}", style)
         )
-        out.append(f'<circle cx="{x:.1f}" cy="{y}" r="5" class="{style}"/>')
-        mark = "" if line.check.passed else " ✗"
-        out.append(_text(WIDTH - right + 14, y + 4, f"{number(line.check.value)}{mark}", style))
     return _svg(height, f"Worst value of each check against its limit. {result.verdict}", out)
+
+
+def _mark(x: float, y: float, scope: Scope, passed: bool) -> str:
+    style = "good" if passed else "bad"
+    shape, radius = ("dot", 5) if scope is Scope.ISOLATED else ("ring", 7.5)
+    return f'<circle cx="{x:.1f}" cy="{y}" r="{radius}" class="{style} {shape}"/>'
+
+
+def _limit(x: float, y: float) -> str:
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{y + 9}" class="limit"/>'
+
+
+def _parity_legend(left: float) -> list[str]:
+    return [
+        _mark(left + 5, 12, Scope.ISOLATED, True),
+        _text(left + 16, 16, "fed by the reference", "tick"),
+        _mark(left + 165, 12, Scope.END_TO_END, True),
+        _text(left + 178, 16, "end to end", "tick"),
+        _limit(left + 264, 12),
+        _text(left + 272, 16, "limit", "tick"),
+    ]
 
 
 def _decades(lines: Sequence[Summary]) -> tuple[int, int]:
@@ -124,7 +146,7 @@ def _decades(lines: Sequence[Summary]) -> tuple[int, int]:
     found = [
         value
         for line in lines
-        for value in (line.check.value, line.check.limit)
+        for value in (line.limit, *(check.value for check, _ in line.worst.values()))
         if math.isfinite(value) and value > 0
     ]
     if not found:

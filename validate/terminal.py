@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import formats
-from .formats import PART_NAMES, STAGE_NAMES
+from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
-from .parity import ParityResult, Scope, summarize
+from .parity import STAGE_NAMES, ParityResult, Scope, Summary, summarize
 
 if TYPE_CHECKING:
     from .proof import Accuracy
@@ -35,29 +35,32 @@ def parity(result: ParityResult) -> Table:
     """The worst of each check over all images, by stage."""
     images = len({m.case for m in result.measurements})
     table = _table(f"Parity with PyTorch, worst of {images} images, {result.steps} tokens")
-    for name in ("Stage", "Inputs", "Check"):
-        table.add_column(name)
-    for name in ("Worst", "Limit"):
+    table.add_column("Stage")
+    table.add_column("Check")
+    for name in ("Fed by PyTorch", "End to end", "Limit"):
         table.add_column(name, justify="right")
     table.add_column("")
     before = None
     for line in summarize(result):
-        stage = STAGE_NAMES[line.stage] if line.stage != before else ""
-        before = line.stage
-        mark = Text("✓", "green")
-        if not line.check.passed:
-            mark = Text(f"✗ {line.case} {line.check.message}", "red")
+        check, case = line.overall
         table.add_row(
-            Text(stage, "bold"),
-            Text("reference's" if line.scope is Scope.ISOLATED else "its own", "dim"),
-            line.check.name,
-            formats.number(line.check.value),
-            Text(formats.number(line.check.limit), "dim"),
-            mark,
+            Text("" if line.stage == before else STAGE_NAMES[line.stage], "bold"),
+            line.name,
+            *(_worst(line, scope) for scope in Scope),
+            Text(formats.number(line.limit), "dim"),
+            Text("✓", "green") if line.passed else Text(f"✗ {case} {check.message}", "red"),
         )
+        before = line.stage
     if result.ties:
         table.caption = f"{len(result.ties)} token ties within rounding: see the report"
     return table
+
+
+def _worst(line: Summary, scope: Scope) -> Text:
+    if scope not in line.worst:
+        return Text("")
+    check = line.worst[scope][0]
+    return Text(formats.number(check.value), "" if check.passed else "bold red")
 
 
 def accuracy(found: "Accuracy", target: str) -> Table:

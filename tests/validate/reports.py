@@ -1,14 +1,15 @@
 """A report with every section, of small made-up or quickly measured numbers."""
 
-from types import SimpleNamespace
-
 import numpy as np
+from PIL import Image
+
+from fastvlm_export.exporter.reparameterize import Fold
 from fastvlm_export.validate import machine, parity
 from fastvlm_export.validate.accuracy import AccuracyReport, AnswerSample
 from fastvlm_export.validate.digits import Kind
 from fastvlm_export.validate.latency import Backend, LatencyResult, Part, SubjectResult, Timing
+from fastvlm_export.validate.proof import Accuracy
 from fastvlm_export.validate.report import Example, Export, File, Folding, Report
-from PIL import Image
 
 from .fakes import Altered, case, tiny_session
 
@@ -71,18 +72,12 @@ def accuracy_report(wrong=()):
 
 
 def accuracy(candidate_wrong=(3,), reference_wrong=(3,)):
-    from fastvlm_export.validate.proof import Accuracy
-
     return Accuracy(
         reference=accuracy_report(reference_wrong), candidate=accuracy_report(candidate_wrong)
     )
 
 
 def folding():
-    fold = SimpleNamespace
-    del fold
-    from fastvlm_export.exporter.reparameterize import Fold
-
     folds = tuple(
         Fold(
             block=f"network.0.{i}",

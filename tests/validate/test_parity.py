@@ -34,7 +34,7 @@ def test_rounding_passes_and_the_verdict_names_the_nearest_number():
     candidate = Altered(tiny_session(), image=lambda x: x * np.float32(1 + 1e-6))
     result = compare(candidate)
     assert result.passed
-    assert "nearest to its limit" in result.verdict
+    assert "Nearest to a limit" in result.verdict
 
 
 def altered_weight(name):
@@ -57,7 +57,7 @@ def test_one_changed_weight_is_traced_to_its_stage(weight, stage):
     result = compare(altered_weight(weight))
     assert not result.passed
     assert result.first_broken is stage
-    assert result.verdict.startswith(f"{stage} broke first")
+    assert result.verdict.startswith(f"The first stage to break: {parity.STAGE_NAMES[stage]}")
     assert "noise.png" in result.verdict
 
 
@@ -271,8 +271,12 @@ def test_the_summary_keeps_the_worst_case_of_each_check():
     assert [line.stage for line in lines] == sorted(
         (line.stage for line in lines), key=list(Stage).index
     )
-    first = lines[0]
-    assert (first.stage, first.case, first.cases) == (Stage.PREPROCESS, "bad", 2)
+    check, worst_case = lines[0].worst[Scope.ISOLATED]
+    assert (lines[0].stage, worst_case, check.passed) == (Stage.PREPROCESS, "bad", False)
+    features = lines[1]
+    assert features.worst[Scope.ISOLATED][0].value == 0
+    assert features.overall == features.worst[Scope.END_TO_END]
+    assert not features.passed
 
 
 def test_the_dictionary_has_the_verdict_and_every_number():
