@@ -14,7 +14,8 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from .errors import ExportError
 
 if TYPE_CHECKING:
-    from .pipeline import Outcome, SourceRequest
+    from .pipeline import Outcome
+    from .source import SourceRequest
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def _finish(outcomes: "list[Outcome]", *, as_json: bool, quiet: bool) -> None:
 
 
 def _source(checkpoint: Path | None, random: str | None, seed: int) -> "SourceRequest":
-    from .pipeline import SourceRequest  # noqa: PLC0415 - imports torch
+    from .source import SourceRequest  # noqa: PLC0415 - imports torch
 
     return SourceRequest(checkpoint=checkpoint, random=random, seed=seed)
 
@@ -160,7 +161,7 @@ def export(
     if context.invoked_subcommand is not None:
         _refuse_stray_options(context)
         return
-    from ..validate.latency import Bench  # noqa: PLC0415 - imports NumPy
+    from ..validate.latency import Plan  # noqa: PLC0415 - imports NumPy
     from . import pipeline  # noqa: PLC0415 - imports torch
 
     if checkpoint is None and random is None and not quiet:
@@ -174,7 +175,7 @@ def export(
         context=max_positions,
         images=tuple(image or ()),
         force=force,
-        bench=Bench(runs=runs),
+        plan=Plan(runs=runs, least_runs=min(runs, 3), loads=1),
     )
     outcomes = _with_progress(quiet, lambda bars: pipeline.export(request, bars))
     _finish(outcomes, as_json=as_json, quiet=quiet)
@@ -237,6 +238,8 @@ def validate(
 def bench(
     bundle: BundlePath,
     checkpoint: Checkpoint = None,
+    random: Random = None,
+    seed: Seed = 0,
     image: Annotated[Path | None, typer.Option(help="The image; default: a bundled one.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Time this beside it and print the ratio: pytorch.")
@@ -247,12 +250,17 @@ def bench(
 ) -> None:
     """Time to first token, part by part, decode speed and peak memory of a bundle."""
     from ..validate import terminal  # noqa: PLC0415 - imports NumPy
-    from . import pipeline  # noqa: PLC0415 - imports torch
+    from ..validate.latency import Plan  # noqa: PLC0415 - imports NumPy
+    from . import running  # noqa: PLC0415 - imports torch
 
-    request = pipeline.BenchRequest(
-        bundle=bundle, checkpoint=checkpoint, image=image, against=against, runs=runs
+    request = running.BenchRequest(
+        bundle=bundle,
+        source=_source(checkpoint, random, seed) if checkpoint or random else None,
+        image=image,
+        against=against,
+        plan=Plan(runs=runs, least_runs=min(runs, 5)),
     )
-    found = _with_progress(quiet, lambda bars: pipeline.bench(request, bars))
+    found = _with_progress(quiet, lambda bars: running.bench(request, bars))
     if as_json:
         _print_json(found.to_dict())
     elif not quiet:

@@ -1,7 +1,5 @@
-"""How long each stage took, and the most memory the process held."""
+"""How long each stage took."""
 
-import resource
-import sys
 import time
 
 from .progress import Progress
@@ -36,9 +34,3 @@ class Clock:
             spent = time.perf_counter() - self._started
             self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
             self._started = None
-
-
-def peak_memory() -> int:
-    """The most resident memory that this process ever held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,14 +1,20 @@
-"""What one does with a finished bundle: ask it a question."""
+"""What one does with a finished bundle: ask it a question, time it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import targets
 from ..targets.generation import PromptInputs, Sampling, generate
+from ..validate.latency import Backend, LatencyResult, Plan, Subject
+from ..validate.proof import time_bundle
 from . import prompt
 from .bundle import open_bundle
+from .clock import Clock
 from .errors import ExportError
 from .preprocess import preprocess, read_image
+from .progress import Progress, Silent
+from .samples import samples
+from .source import SourceRequest, recorded_source
 from .tokenizer import read_tokenizer
 
 
@@ -65,3 +71,40 @@ def ask(question: Question) -> Answer:
         sampling=sampling,
     )
     return Answer(text=tokenizer.decode(tokens), token_ids=tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """What `bench` was asked for. `against` is "pytorch" or None; `image` None is a bundled one."""
+
+    bundle: Path
+    source: SourceRequest | None = None
+    image: Path | None = None
+    against: str | None = None
+    plan: Plan | None = None
+
+
+def bench(request: BenchRequest, progress: Progress | None = None) -> LatencyResult:
+    """Time a bundle, and beside it PyTorch where asked for."""
+    clock = Clock(progress or Silent())
+    if request.against not in (None, Backend.PYTORCH):
+        raise ExportError(
+            f"--against {request.against}: there is no such peer.", "Use --against pytorch."
+        )
+    shown = samples([request.image] if request.image else ())
+    clock.stage("Check the files")
+    bundle = open_bundle(request.bundle, clock.detail)
+    peer = None
+    if request.against:
+        source = request.source or recorded_source(bundle.manifest)
+        name = "bundled"
+        if source.checkpoint:
+            name = str(source.checkpoint)
+        elif source.random:
+            name = f"random:{source.random}:{source.seed}"
+        peer = Subject(
+            name=Backend.PYTORCH, backend=Backend.PYTORCH, bundle=bundle.path, checkpoint=name
+        )
+    clock.stage("Measure latency")
+    sample = shown[-1] if request.image else shown[0]
+    return time_bundle(bundle, sample, request.plan or Plan(), clock.detail, peer)

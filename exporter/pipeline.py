@@ -1,0 +1,292 @@
+"""The whole flow: checkpoint -> graphs -> artifact -> proof -> published bundle."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from .. import __version__, targets
+from ..quantize import recipes
+from ..targets.base import Target
+from ..validate.latency import Plan
+from ..validate.machine import peak_memory
+from ..validate.proof import Proof, Reference, prove
+from ..validate.report import Example, Export, Folding, Report
+from ..validate.report import files_of as report_files
+from . import bundle as bundles
+from . import doctor, graphs, prompt
+from .bundle import Bundle, Manifest, Source
+from .checkpoint import Checkpoint
+from .clock import Clock
+from .errors import ExportError
+from .progress import Progress, Silent
+from .reparameterize import Reparameterization, reparameterize
+from .samples import Sample, samples
+from .source import SourceRequest, contract, load_source, recorded_source
+from .spec import ExportSpec
+from .tensor_names import Layout
+
+RECORDED_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pillow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What `fastvlm-export` was asked for. None means the checkpoint's own."""
+
+    source: SourceRequest
+    out: Path
+    targets: tuple[str, ...] = (targets.TargetName.ONNX,)
+    recipe: str = "fp32"
+    resolution: int | None = None
+    context: int | None = None
+    images: tuple[Path, ...] = ()
+    force: bool = False
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One target's result: where its folder is now, and what was found.
+
+    A folder whose proof failed is kept apart from `out`, which stays as it was.
+    """
+
+    path: Path
+    report: Report
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate held."""
+        return self.report.passed
+
+
+def export(request: ExportRequest, progress: Progress | None = None) -> list[Outcome]:
+    """Export to every target, prove each artifact, and publish all of them at `request.out`.
+
+    With one target `out` is its bundle, with several a folder of bundles named by target. Nothing
+    is published unless every gate of every target held; what failed is kept at `out` + ".failed".
+    Raises ExportError before any long work when the request itself is wrong.
+    """
+    clock = Clock(progress or Silent())
+    chosen = _check(request)
+    out = Path(os.path.normpath(request.out.absolute()))
+    clock.stage("Load the checkpoint")
+    checkpoint = load_source(request.source)
+    spec = contract(checkpoint, request.recipe, request.resolution, request.context)
+    images = samples(request.images)
+    clock.stage("Reparameterize the tower")
+    folded = reparameterize(checkpoint.model(), clock.detail)
+    programs = _trace(folded, spec, clock)
+    with bundles.staging(out) as folder:
+        outcomes = []
+        for name, target in chosen.items():
+            place = folder / name if len(chosen) > 1 else folder
+            place.mkdir(exist_ok=True)
+            clock.stage(f"Lower to {name}")
+            built = _lower(name, target, programs, spec, checkpoint, request.source.seed, place)
+            proof = prove(
+                Reference(checkpoint=checkpoint, spec=spec),
+                built,
+                images=images,
+                plan=request.plan,
+                clock=clock,
+            )
+            report = _report(checkpoint, built, proof, images, folded, clock)
+            report.write(place / bundles.REPORT_FOLDER)
+            outcomes.append((place.relative_to(folder), report))
+        clock.stage("Publish")
+        final = out if all(report.passed for _, report in outcomes) else _failed(out)
+        bundles.publish(folder, final)
+    return [Outcome(path=final / place, report=report) for place, report in outcomes]
+
+
+def validate(
+    path: Path,
+    source: SourceRequest | None = None,
+    images: tuple[Path, ...] = (),
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Prove an existing bundle against the checkpoint it was made from; write its report anew.
+
+    Without `source` the manifest must name the bundled model or random weights.
+    """
+    clock = Clock(progress or Silent())
+    clock.stage("Check the files")
+    bundle = bundles.open_bundle(path, clock.detail)
+    manifest = bundle.manifest
+    clock.stage("Load the checkpoint")
+    checkpoint = load_source(source or recorded_source(manifest))
+    if checkpoint.sha256 != manifest.source.sha256:
+        raise ExportError(
+            f"{path} was made from '{manifest.source.name}' ({manifest.source.sha256[:12]}), "
+            f"not from this checkpoint ({checkpoint.sha256[:12]}).",
+            "Give the checkpoint that it was exported from with --checkpoint.",
+        )
+    spec = contract(checkpoint, manifest.recipe, manifest.resolution, manifest.context)
+    shown = samples(images)
+    proof = prove(
+        Reference(checkpoint=checkpoint, spec=spec),
+        bundle,
+        images=shown,
+        plan=plan,
+        clock=clock,
+    )
+    report = _report(checkpoint, bundle, proof, shown, None, clock)
+    report.write(path / bundles.REPORT_FOLDER)
+    return Outcome(path=path, report=report)
+
+
+def _check(request: ExportRequest) -> dict[str, Target]:
+    """All that is wrong with a request and can be known before work starts, at once."""
+    problems: list[ExportError] = []
+    chosen: dict[str, Target] = {}
+
+    def attempt(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except ExportError as error:
+            problems.append(error)
+
+    def choose(name: str) -> None:
+        target = targets.get(name)
+        availability = target.availability()
+        if not (availability.lower and availability.run):
+            raise ExportError(f"Target '{name}' can't be used here.", availability.remedy)
+        chosen[name] = target
+
+    attempt(lambda: recipes.get(request.recipe))
+    for name in request.targets:
+        attempt(lambda name=name: choose(name))  # type: ignore[misc]
+    attempt(lambda: bundles.check_out(request.out, force=request.force))
+    attempt(lambda: samples(request.images))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ExportError(
+            "\n".join(error.message for error in problems),
+            "\n".join(dict.fromkeys(error.hint for error in problems if error.hint)),
+        )
+    return chosen
+
+
+def _trace(
+    folded: Reparameterization, spec: ExportSpec, clock: Clock
+) -> dict[str, ExportedProgram]:
+    clock.stage("Trace the graphs")
+    built = graphs.build(
+        folded.model,
+        resolution=spec.preprocessing.resolution,
+        context=spec.context,
+        image_token_id=spec.image_token_id,
+    )
+    programs = {}
+    for name, graph in built.items():
+        clock.detail(name)
+        programs[name] = graphs.export_program(graph)
+    return programs
+
+
+def _lower(
+    name: str,
+    target: Target,
+    programs: Mapping[str, ExportedProgram],
+    spec: ExportSpec,
+    checkpoint: Checkpoint,
+    seed: int,
+    place: Path,
+) -> Bundle:
+    artifact = target.lower(programs, spec, place)
+    packages = {package: version(package) for package in RECORDED_PACKAGES}
+    is_random = checkpoint.layout is Layout.RANDOM
+    manifest = Manifest(
+        schema=bundles.SCHEMA,
+        source=Source(
+            name=checkpoint.name,
+            layout=checkpoint.layout,
+            sha256=checkpoint.sha256,
+            seed=seed if is_random else None,
+        ),
+        target=name,
+        recipe=spec.recipe,
+        resolution=spec.preprocessing.resolution,
+        context=spec.context,
+        image_tokens=spec.image_tokens,
+        preprocessing=spec.preprocessing,
+        prompt_template=prompt.TEMPLATE,
+        image_token=prompt.IMAGE_TOKEN,
+        image_token_id=spec.image_token_id,
+        eos_token_ids=spec.eos_token_ids,
+        model=dataclasses.asdict(checkpoint.config),
+        graphs=artifact.graphs,
+        versions={
+            "fastvlm-export": __version__,
+            **packages,
+            **target.availability().versions,
+        },
+        files=bundles.files_of(place),
+    )
+    (place / bundles.MANIFEST).write_text(manifest.to_json(), "utf-8")
+    return bundles.open_bundle(place)
+
+
+def _failed(out: Path) -> Path:
+    """Where a folder goes whose proof failed; an earlier failed one there is replaced."""
+    final = out.with_name(f"{out.name}.failed")
+    if final.exists():
+        shutil.rmtree(final)
+    return final
+
+
+def _report(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    proof: Proof,
+    images: Sequence[Sample],
+    folded: Reparameterization | None,
+    clock: Clock,
+) -> Report:
+    facts = doctor.describe(checkpoint).to_dict()
+    del facts["path"]  # a report is handed on; where the files lay is nobody's business
+    return Report(
+        source=checkpoint.name,
+        target=bundle.manifest.target,
+        recipe=bundle.manifest.recipe,
+        checkpoint=facts,
+        reparameterization=Folding.of(folded) if folded else None,
+        export=Export(
+            seconds=clock.seconds(),
+            peak_memory_bytes=peak_memory(),
+            files=report_files(bundle.path, bundle.manifest),
+        ),
+        parity=proof.parity,
+        accuracy=proof.accuracy,
+        latency=proof.latency,
+        examples=_examples(checkpoint, proof, images),
+    )
+
+
+def _examples(
+    checkpoint: Checkpoint, proof: Proof, images: Sequence[Sample]
+) -> tuple[Example, ...]:
+    """What each side wrote, up to the first end token."""
+
+    def text(tokens: Sequence[int]) -> str:
+        ends = [i for i, token in enumerate(tokens) if token in checkpoint.eos_token_ids]
+        return checkpoint.tokenizer.decode(tokens[: ends[0]] if ends else tokens)
+
+    return tuple(
+        Example(
+            image=sample.image,
+            name=sample.name,
+            question=sample.question,
+            reference=text(run.reference),
+            candidate=text(run.candidate),
+        )
+        for sample, run in zip(images, proof.parity.free_runs, strict=True)
+    )
