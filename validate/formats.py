@@ -45,12 +45,20 @@ def plain(value: object) -> object:
 
 
 def number(value: float) -> str:
-    """Three digits: 0, 0.123, 4.5, 1.2e-06."""
+    """Three digits: 0, 0.123, 4.5, 1.2e-6."""
     if not math.isfinite(value):
-        return "-" if math.isnan(value) else ("∞" if value > 0 else "-∞")
+        return "none" if math.isnan(value) else ("∞" if value > 0 else "-∞")
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
-    return f"{value:.3g}"
+    if abs(value) >= 1e-3:
+        return f"{value:.3g}"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def target_name(name: str) -> str:
+    """A target as people write it; any other name as it is."""
+    return TARGET_NAMES.get(name, name)
 
 
 def duration(seconds: float) -> str:

@@ -73,7 +73,7 @@ def _environment() -> Environment:
         "duration": formats.duration,
         "size": formats.size,
         "stage_name": STAGE_NAMES.__getitem__,
-        "target_name": lambda name: formats.TARGET_NAMES.get(name, name),
+        "target_name": formats.target_name,
         "day": lambda text: f"{datetime.fromisoformat(text):%d %B %Y, %H:%M} UTC".lstrip("0"),
     }
     environment.globals["share"] = formats.share
@@ -158,13 +158,10 @@ def _latency_tiles(report: "Report") -> list[Tile]:
     for peer in report.latency.subjects[1:]:
         ratio = report.latency.ratios(peer)["ttft"]
         found.insert(
-            1, Tile(label=f"TTFT against {peer.name}", value=f"{ratio:.3g}x", note=_sense(ratio))
+            1,
+            Tile(label=f"{peer.name} takes", value=f"{ratio:.3g}x", note="our time to first token"),
         )
     return found
-
-
-def _sense(ratio: float) -> str:
-    return "faster" if ratio > 1 else "as long, or longer"
 
 
 def compared(report: "Report") -> list[tuple[str, list[str], str]]:
@@ -201,9 +198,11 @@ def answers(accuracy: "Accuracy") -> list[Answer]:
     differing = [pair for pair in pairs if pair[0].got != pair[1].got]
     wrong = [pair for pair in pairs if pair[0].got == pair[1].got and not pair[1].right]
     right = [pair for pair in pairs if pair[0].got == pair[1].got and pair[1].right]
-    # Every fourth question, so that images and kinds vary.
     shown = [*differing[:6], *wrong[:4]]
-    shown += right[::4][: SHOWN_ANSWERS - len(shown)]
+    room = SHOWN_ANSWERS - len(shown)
+    step = max(1, len(right) // room)
+    step -= step % 3 == 0 and step > 1  # every third question would be of one kind
+    shown += right[::step][:room]
     return [_answer(theirs, ours) for theirs, ours in shown]
 
 

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from ..targets.base import Array
 from .checks import Check
+from .formats import number
 
 
 class Stage(StrEnum):
@@ -170,8 +171,8 @@ class ParityResult:
             if self.worst is None:
                 return "Nothing was compared."
             return f"Every stage agrees with PyTorch. Nearest to a limit: {_describe(*self.worst)}."
-        others = len({measurement.stage for measurement, _ in self.failures}) - 1
-        after = f" After it {others} more fail." if others else ""
+        later = {STAGE_NAMES[m.stage] for m, _ in self.failures if m.stage != self.first_broken}
+        after = f" Failing after it: {', '.join(sorted(later))}." if later else ""
         return f"The first stage to break: {_describe(*self.failures[0])}.{after}"
 
     def to_dict(self) -> dict[str, object]:
@@ -256,5 +257,5 @@ STAGE_NAMES = {
 def _describe(measurement: Measurement, check: Check) -> str:
     scope = "fed by the reference" if measurement.scope is Scope.ISOLATED else "end to end"
     on = f" on {measurement.case}" if measurement.case else ""
-    number = check.message or f"{check.value:.3g} (limit {check.limit:.3g})"
-    return f"{STAGE_NAMES[measurement.stage]}, {check.name}: {number}{on}, {scope}"
+    value = check.message or f"{number(check.value)} (limit {number(check.limit)})"
+    return f"{STAGE_NAMES[measurement.stage]}, {check.name}: {value}{on}, {scope}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from .formats import PART_NAMES, duration, number
+from .formats import PART_NAMES, duration, number, target_name
 from .latency import LatencyResult, Part
 from .parity import STAGE_NAMES, ParityResult, Scope, Summary, summarize
 
@@ -47,7 +47,7 @@ def ttft(result: LatencyResult) -> Markup:
         out.append(_text(x, height - 5, duration(tick) if tick else "0", "tick", "middle"))
     for row, (subject, parts) in enumerate(zip(result.subjects, medians, strict=True)):
         x, y = float(left), top + 8 + row * (bar + gap)
-        out.append(_text(left - 10, y + bar / 2 + 5, subject.name, "label", "end"))
+        out.append(_text(left - 10, y + bar / 2 + 5, target_name(subject.name), "label", "end"))
         for part, seconds in zip(Part, parts, strict=True):
             width = seconds * scale
             out.append(
@@ -60,7 +60,7 @@ def ttft(result: LatencyResult) -> Markup:
             x += width
         out.append(_text(x + 8, y + bar / 2 + 5, duration(subject.ttft.p50), "total"))
     label = "Time to first token: " + "; ".join(
-        f"{subject.name} {duration(subject.ttft.p50)}" for subject in result.subjects
+        f"{target_name(subject.name)} {duration(subject.ttft.p50)}" for subject in result.subjects
     )
     return _svg(height, label, out)
 

@@ -1,6 +1,7 @@
 """What was found about one bundle: strict JSON for machines, one self-contained page for people."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -165,8 +166,11 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write report.json and report.html into `folder`, which is made where it is not there."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / JSON_FILE).write_text(self.to_json(), "utf-8")
-        (folder / HTML_FILE).write_text(self.to_html(), "utf-8")
+        for name, text in ((JSON_FILE, self.to_json()), (HTML_FILE, self.to_html())):
+            # Whole or not at all, where a bundle's earlier report is replaced.
+            unfinished = folder / f".{name}.{os.getpid()}"
+            unfinished.write_text(text, "utf-8")
+            unfinished.replace(folder / name)
 
 
 def _accuracy(accuracy: "Accuracy") -> dict[str, object]:

@@ -66,7 +66,7 @@ def _worst(line: Summary, scope: Scope) -> Text:
 def accuracy(found: "Accuracy", target: str) -> Table:
     """Exact answers by kind of question."""
     table = _table("Exact answers on held-out digits")
-    for name in ("Question", target, "PyTorch"):
+    for name in ("Question", formats.target_name(target), "PyTorch"):
         table.add_column(name)
     ours, theirs = found.candidate, found.reference
     for kind, part in ours.kinds.items():
@@ -95,10 +95,10 @@ def latency(result: LatencyResult) -> Table:
     )
     table.add_column("Part")
     for subject in result.subjects:
-        table.add_column(subject.name, justify="right")
+        table.add_column(Text(formats.target_name(subject.name)), justify="right")
         table.add_column("p95", justify="right", style="dim")
     for peer in peers:
-        table.add_column(f"{peer.name} / {ours.name}", justify="right")
+        table.add_column(Text(f"{peer.name} takes"), justify="right")
     ratios = [result.ratios(peer) for peer in peers]
     for name, label in PART_NAMES.items():
         cells = [cell for subject in result.subjects for cell in _timing(subject, name)]
@@ -109,7 +109,7 @@ def latency(result: LatencyResult) -> Table:
     table.add_row("Peak memory", *memory, *more)
     table.caption = Text(
         "\n".join(
-            f"{subject.name}: {subject.setting}; load {subject.load_note}"
+            f"{formats.target_name(subject.name)}: {subject.setting}; load {subject.load_note}"
             for subject in result.subjects
         )
     )
