@@ -16,14 +16,17 @@ from .json_file import Section
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_RMS_NORM_EPS = 1e-6
 DEFAULT_MAX_POSITIONS = 32768
+SCALED_ROPE = "scaled RoPE is not supported"
 NOT_SUPPORTED = "the decoder computes nothing else"
 
 
 def decoder_config(
     text: Section, shape: DecoderShape, tied: bool, notes: list[str]
 ) -> DecoderConfig | None:
-    """The Qwen2 decoder that `text` (config.json, or its text_config) and the tensors describe."""
-    problems, before = text.problems, len(text.problems)
+    """The Qwen2 decoder that `text` (config.json, or its text_config) and the tensors describe.
+
+    With problems noted it still gives what sizes it can, so that the tensors can be compared too.
+    """
     text.agree("num_hidden_layers", shape.layers, "the number of layers is")
     text.agree("hidden_size", shape.hidden_size, "the embedding's width is")
     text.agree("intermediate_size", shape.intermediate_size, "the feed-forward width is")
@@ -33,7 +36,7 @@ def decoder_config(
     theta = _rope_theta(text, notes)
     eps = text.number("rms_norm_eps") or DEFAULT_RMS_NORM_EPS
     _refuse_other_arithmetic(text, shape.layers, max_positions)
-    if head_dim is None or len(problems) > before:
+    if head_dim is None:
         return None
     return DecoderConfig(
         vocab_size=shape.vocab_size,
@@ -80,10 +83,10 @@ def _rope_theta(text: Section, notes: list[str]) -> float:
     nested = text.section("rope_parameters")
     for section in (text.section("rope_scaling"), nested):
         for key in ("rope_type", "type"):
-            section.only(key, ("default",), "scaled RoPE is not supported")
+            section.only(key, ("default",), SCALED_ROPE)
         section.only("partial_rotary_factor", (1.0,), NOT_SUPPORTED)
-        if "factor" in section and "rope_type" not in section and "type" not in section:
-            section.complain("factor", "absent: scaled RoPE is not supported")
+        unknown = set(section.values) - {"rope_type", "type", "partial_rotary_factor", "rope_theta"}
+        section.problems += [f"{section.where}: {key}: {SCALED_ROPE}" for key in sorted(unknown)]
     text.only("partial_rotary_factor", (1.0,), NOT_SUPPORTED)
     plain, inner = text.number("rope_theta"), nested.number("rope_theta")
     if plain is not None and inner is not None and plain != inner:

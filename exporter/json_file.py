@@ -5,12 +5,12 @@ all of them at once.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Never
 
 LARGEST_SIZE = 2**31 - 1
+LARGEST_NUMBER = 1e12
 LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 
 
@@ -55,18 +55,14 @@ class Section:
         return value
 
     def number(self, key: str) -> float | None:
-        """A finite number above zero, or None where it is absent or wrong."""
+        """A number in 0..1e12 without zero, or None where it is absent or wrong."""
         value = self.values.get(key)
         if value is None:
             return None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            try:
-                wide = float(value)
-            except OverflowError:
-                wide = math.inf
-            if math.isfinite(wide) and wide > 0:
-                return wide
-        self.complain(key, "a finite number above zero")
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if numeric and 0 < value <= LARGEST_NUMBER:  # false for NaN
+            return float(value)
+        self.complain(key, f"a number above zero, {LARGEST_NUMBER:g} at most")
         return None
 
     def flag(self, key: str) -> bool | None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-VOCAB = 320
+from . import checkpoints
+from .checkpoints import VOCAB
+
 IMAGE_TOKEN_ID = 300
 LAYERS, WIDTHS, RATIOS = (1, 3, 2, 1, 2), (8, 24, 48, 96, 192), (2, 3, 4, 1, 3)
 
@@ -123,31 +124,12 @@ def randomize(model: nn.Module) -> None:
             parameter.normal_(0, 0.2)
         else:
             fan_in = parameter[0].numel()
-            parameter.normal_(0, 1.5 / fan_in**0.5)
+            parameter.normal_(0, 1.2 / fan_in**0.5)
 
 
-def save_tokenizer(folder: Path, *, image_token: bool) -> None:
-    """A byte-level vocabulary with the qwen_2 specials, in the files that the layout has."""
-    from tokenizers.pre_tokenizers import ByteLevel  # noqa: PLC0415
-
-    letters = sorted(ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(letters)}
-    vocab |= {"he": 256, "ll": 257, "hell": 258}
-    added = {"<|endoftext|>": 259, "<|im_start|>": 260, "<|im_end|>": 261}
-    if image_token:
-        # Ids are dense up to the image token, as they are in a tokenizer that was extended.
-        added |= {f"<|extra_{i}|>": i for i in range(262, IMAGE_TOKEN_ID)}
-        added |= {"<image>": IMAGE_TOKEN_ID}
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n", encoding="utf-8")
-    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-
-
-def save_huggingface(model: Any, folder: Path, *, resolution: int, dtype: torch.dtype) -> Path:
+def save_huggingface(model: Any, folder: Path, *, resolution: int) -> Path:
     """The library's own save_pretrained, an image processor and a tokenizer."""
-    model.to(dtype).save_pretrained(folder)
-    model.float()
+    model.save_pretrained(folder)
     settings = {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": resolution},
@@ -162,7 +144,7 @@ def save_huggingface(model: Any, folder: Path, *, resolution: int, dtype: torch.
         "rescale_factor": 1 / 255,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    save_tokenizer(folder, image_token=True)
+    checkpoints.save_tokenizer(folder, IMAGE_TOKEN_ID)
     return folder
 
 
@@ -227,7 +209,7 @@ def save_apple(
     tensors = apple_names(model.state_dict(), sizes.layers)
     tensors["model.vision_tower.vision_tower.model.head.proj"] = torch.randn(sizes.features, 12)
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    write_weights(folder, tensors, shards)
+    checkpoints.write_weights(folder, tensors, shards)
     config = {
         "architectures": ["LlavaQwen2ForCausalLM"],
         "model_type": "llava_qwen2",
@@ -253,20 +235,5 @@ def save_apple(
         "max_window_layers": 24,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_tokenizer(folder, image_token=False)
+    checkpoints.save_tokenizer(folder)
     return folder
-
-
-def write_weights(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
-    """One file, or several with an index."""
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for shard in range(shards):
-        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {key: tensors[key] for key in sorted(tensors)[shard::shards]}
-        save_file(part, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
