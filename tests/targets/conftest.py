@@ -1,0 +1,129 @@
+"""A small random FastVLM whose answers depend on the image, a tokenizer, and its ONNX folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from fastvlm_export.exporter import graphs
+from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
+from fastvlm_export.exporter.model.fastvlm import FastVLM
+from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
+from fastvlm_export.exporter.reparameterize import reparameterize
+from fastvlm_export.exporter.spec import ExportSpec
+from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
+from fastvlm_export.targets import onnx
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from torch import nn
+from torch.export import ExportedProgram
+
+RESOLUTION, CONTEXT = 128, 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    """A raw model, the contract it is exported to, its traced graphs and the written folder."""
+
+    model: FastVLM
+    spec: ExportSpec
+    programs: dict[str, ExportedProgram]
+    folder: Path
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        return {name: self.folder / file for name, file in onnx.FILES.items()}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and Qwen2's special tokens."""
+    inner = tokenizers.Tokenizer(
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return Tokenizer(inner)
+
+
+def lively_model(vocab_size: int, *, tied: bool, seed: int = 0) -> FastVLM:
+    """Weights that keep a signal's size, so that image and text both move the answer."""
+    torch.manual_seed(seed)
+    config = FastVLMConfig(
+        tower=fastvithd(
+            widths=(16, 32, 32, 32, 64),
+            depths=(1, 2, 1, 1, 1),
+            features=128,
+            se_width=16,
+            head_width=0,
+            train_form=True,
+        ),
+        decoder=DecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=96,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            tied=tied,
+        ),
+    )
+    model = FastVLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "layer_scale" not in name:
+                parameter.normal_(0, 1.5 / parameter[0].numel() ** 0.5)
+            elif "layer_scale" in name or "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        model.decoder.embed_tokens.weight.normal_(0, 1)
+    return model
+
+
+def make_small(folder: Path, *, tied: bool) -> Small:
+    tokenizer = byte_tokenizer()
+    model = lively_model(tokenizer.vocab_size, tied=tied)
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert end is not None
+    spec = ExportSpec(
+        decoder=model.config.decoder,
+        features=model.config.tower.features,
+        projector_layers=model.config.projector_layers,
+        context=CONTEXT,
+        image_tokens=model.config.tower.image_tokens(RESOLUTION),
+        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=RESOLUTION),
+        tokenizer=tokenizer,
+        image_token_id=tokenizer.vocab_size,
+        eos_token_ids=(end,),
+        recipe="fp32",
+    )
+    built = graphs.build(
+        reparameterize(model).model,
+        resolution=RESOLUTION,
+        context=CONTEXT,
+        image_token_id=spec.image_token_id,
+    )
+    programs = {name: graphs.export_program(graph) for name, graph in built.items()}
+    onnx.lower(programs, spec, folder)
+    return Small(model=model, spec=spec, programs=programs, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return make_small(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return make_small(tmp_path_factory.mktemp("tied"), tied=True)
