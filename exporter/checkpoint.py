@@ -318,19 +318,23 @@ def _image_token_id(
     LLaVA writes -200, which no embedding has: the tokenizer's `<image>` stands for it, or else the
     first id that the tokenizer does not use.
     """
+    named = None
+    if tokenizer is not None:
+        named = tokenizer.token_to_id(IMAGE_TOKEN)
+        if tokenizer.vocab_size > vocab_size:
+            config.problems.append(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only {vocab_size}"
+            )
     for key in ("image_token_id", "image_token_index"):
         stated = config.integer(key, low=-(2**31))
         if stated is not None and stated >= 0:
             if stated >= vocab_size:
                 config.complain(key, f"below the vocabulary's {vocab_size}")
+            if named not in (None, stated):
+                config.complain(key, f"the tokenizer's id of {IMAGE_TOKEN}, {named}")
             return stated
     if tokenizer is None:
         return 0
-    if tokenizer.vocab_size > vocab_size:
-        config.problems.append(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {vocab_size} rows only"
-        )
-    named = tokenizer.token_to_id(IMAGE_TOKEN)
     if named is None and tokenizer.vocab_size >= vocab_size:
         notes.append("the embedding has no spare row for an image token")
     return tokenizer.vocab_size if named is None else named

@@ -59,9 +59,9 @@ class Section:
         value = self.values.get(key)
         if value is None:
             return None
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if numeric and 0 < value <= LARGEST_NUMBER:  # false for NaN
-            return float(value)
+        number = 0.0 if isinstance(value, bool) or not isinstance(value, int | float) else value
+        if 0 < number <= LARGEST_NUMBER:  # false for NaN
+            return float(number)
         self.complain(key, f"a number above zero, {LARGEST_NUMBER:g} at most")
         return None
 

@@ -373,7 +373,7 @@ def test_corrupt_tokenizer(content: str, copy: Path) -> None:
 
 def test_tokenizer_larger_than_the_embedding(copy: Path) -> None:
     edit(copy / "added_tokens.json", **{f"<{i}>": i for i in range(262, 400)})
-    assert "the tokenizer has 400 ids, the embedding 320 rows only" in problems(copy)
+    assert "the tokenizer has 400 ids, the embedding only 320" in problems(copy)
 
 
 def test_tokenizer_whose_ids_have_a_gap(copy: Path) -> None:
