@@ -157,8 +157,10 @@ def _tidy(model: ir.Model) -> ir.Model:
             if value not in interface_values:
                 # Half of these shapes are in torch's own symbols, and runtimes infer their own.
                 value.shape = value.type = None
-    for value in interface_values:
+    for value in (*interface_values, *model.graph.initializers.values()):
         value.metadata_props.clear()
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
     return model
 
 

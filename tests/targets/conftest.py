@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from torch import nn
+from torch.export import ExportedProgram
+
 from fastvlm_export.exporter import graphs
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
@@ -14,9 +18,6 @@ from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
 from fastvlm_export.targets import onnx
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from torch import nn
-from torch.export import ExportedProgram
 
 RESOLUTION, CONTEXT = 128, 160
 

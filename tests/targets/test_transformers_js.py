@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from fastvlm_export.exporter.preprocess import preprocess
 from fastvlm_export.exporter.prompt import prompt_ids, qwen_2_prompt
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
-from PIL import Image
 
 CLIENT = Path(__file__).parent / "transformers_js"
 QUESTION = "What's in it, 42?"
