@@ -71,6 +71,11 @@ def duration(seconds: float) -> str:
     return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
 
+def rate(per_second: float) -> str:
+    """Three digits, more for thousands: 3.27, 74.1, 1440."""
+    return f"{per_second:.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
 def size(count: float) -> str:
     """Bytes in powers of 1000: 812 B, 1.23 MB, 2.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -4,6 +4,7 @@ The first line is the job; then {"do": "load" | "round" | "finish"}. Run by `lat
 """
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -111,7 +112,9 @@ class Worker:
         return [path for path in folder.iterdir() if path.is_file()]
 
     def _bundle(self) -> tuple[Load, str]:
-        target = targets.get(self.bundle.manifest.target)  # imports are not timed
+        target = targets.get(self.bundle.manifest.target)
+        for package in getattr(target, "RUNTIME_PACKAGES", ()):
+            importlib.import_module(package)  # here, so that it is not timed
 
         def load() -> Callable[[], Session]:
             session = target.open(self.bundle)

@@ -147,7 +147,9 @@ def _latency_tiles(report: "Report") -> list[Tile]:
     found = [
         Tile(label="Time to first token", value=formats.duration(ours.ttft.p50), note=note),
         Tile(
-            label="Decoding", value=f"{ours.tokens_per_second:.3g} tokens/s", note="at the median"
+            label="Decoding",
+            value=f"{formats.rate(ours.tokens_per_second)} tokens/s",
+            note="at the median",
         ),
         Tile(
             label="Peak memory",
@@ -177,7 +179,7 @@ def compared(report: "Report") -> list[tuple[str, list[str], str]]:
         if timing is None:
             return "-"
         if name == "decode":
-            return f"{subject.tokens_per_second:.3g} tokens/s"
+            return f"{formats.rate(subject.tokens_per_second)} tokens/s"
         return f"{formats.duration(timing.p50)} (p95 {formats.duration(timing.p95)}, n={timing.n})"
 
     rows = []

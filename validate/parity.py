@@ -248,7 +248,7 @@ class _Comparison:
 
     def _pixels(self) -> Measurement:
         theirs, ours = self.case.reference_pixels, self.case.candidate_pixels
-        name, limit = "max difference (1/255)", self.limits.pixels
+        name, limit = "max diff (1/255)", self.limits.pixels
         if flaw := metrics.flaw(theirs, ours):
             return self._measurement(
                 Stage.PREPROCESS, Scope.ISOLATED, [missing(name, limit, flaw)], {}
@@ -292,7 +292,7 @@ class _Comparison:
             "max relative": self.limits.logits,
             "worst KL": self.limits.worst_kl,
             "mean KL": self.limits.mean_kl,
-            "top-1 disagreements": 0.0,
+            "top-1 differs": 0.0,
         }
         rows = [row for row in ours if not isinstance(row, _Absent)]
         flaw = "no position was compared" if not ours else ""
@@ -357,7 +357,7 @@ class _Comparison:
     def _greedy(
         self, theirs: Sequence[int], logits: Array, ours: Sequence[int] | _Absent
     ) -> Measurement:
-        name = "mismatching tokens"
+        name = "tokens differ"
         if isinstance(ours, _Absent) or not ours:
             flaw = ours.reason if isinstance(ours, _Absent) else "no token was compared"
             checks = [missing(name, 0.0, flaw)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +11,7 @@ from rich.text import Text
 from . import formats
 from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
-from .parity import STAGE_NAMES, ParityResult, Scope, Summary, summarize
+from .parity import STAGE_NAMES, ParityResult, Scope, Stage, Summary, summarize
 
 if TYPE_CHECKING:
     from .proof import Accuracy
@@ -31,29 +32,37 @@ def render(report: "Report") -> Group:
     return Group(*parts)
 
 
-def parity(result: ParityResult) -> Table:
+def parity(result: ParityResult) -> Group:
     """The worst of each check over all images, by stage."""
     images = len({m.case for m in result.measurements})
     table = _table(f"Parity with PyTorch, worst of {images} images, {result.steps} tokens")
-    table.add_column("Stage")
-    table.add_column("Check")
-    for name in ("Fed by PyTorch", "End to end", "Limit"):
-        table.add_column(name, justify="right")
+    table.add_column("Stage", no_wrap=True)
+    table.add_column("Check", no_wrap=True)
+    for name in ("Isolated", "End to end", "Limit"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     before = None
+    notes = []
     for line in summarize(result):
         check, case = line.overall
         table.add_row(
-            Text("" if line.stage == before else STAGE_NAMES[line.stage], "bold"),
+            Text("" if line.stage == before else _short(line.stage), "bold"),
             line.name,
             *(_worst(line, scope) for scope in Scope),
             Text(formats.number(line.limit), "dim"),
-            Text("✓", "green") if line.passed else Text(f"✗ {case} {check.message}", "red"),
+            Text("✓", "green") if line.passed else Text("✗", "bold red"),
         )
+        if not line.passed:
+            reason = check.message or formats.number(check.value)
+            notes.append(Text(f"✗ {STAGE_NAMES[line.stage]}, {line.name}: {reason}, {case}", "red"))
         before = line.stage
     if result.ties:
-        table.caption = f"{len(result.ties)} token ties within rounding: see the report"
-    return table
+        notes.append(Text(f"{len(result.ties)} token ties within rounding: see the report"))
+    return Group(table, *notes)
+
+
+def _short(stage: Stage) -> str:
+    return STAGE_NAMES[stage].removesuffix(" logits")
 
 
 def _worst(line: Summary, scope: Scope) -> Text:
@@ -85,7 +94,7 @@ def accuracy(found: "Accuracy", target: str) -> Table:
     return table
 
 
-def latency(result: LatencyResult) -> Table:
+def latency(result: LatencyResult) -> Group:
     """Median and 95th percentile of each part; the ratio where there is a peer."""
     peers = result.subjects[1:]
     ours = result.subjects[0]
@@ -107,13 +116,11 @@ def latency(result: LatencyResult) -> Table:
     memory = [cell for one in result.subjects for cell in (formats.size(one.peak_memory_bytes), "")]
     more = [f"{peer.peak_memory_bytes / ours.peak_memory_bytes:.2f}x" for peer in peers]
     table.add_row("Peak memory", *memory, *more)
-    table.caption = Text(
-        "\n".join(
-            f"{formats.target_name(subject.name)}: {subject.setting}; load {subject.load_note}"
-            for subject in result.subjects
-        )
-    )
-    return table
+    notes = [
+        Text(f"{formats.target_name(one.name)}: {one.setting}; load {one.load_note}", "dim")
+        for one in result.subjects
+    ]
+    return Group(table, *notes)
 
 
 def _timing(subject: SubjectResult, name: str) -> tuple[str, str]:
@@ -122,7 +129,7 @@ def _timing(subject: SubjectResult, name: str) -> tuple[str, str]:
     if timing is None:
         return "-", ""
     if name == "decode":
-        return f"{subject.tokens_per_second:.3g} tokens/s", ""
+        return f"{formats.rate(subject.tokens_per_second)} tokens/s", ""
     return formats.duration(timing.p50), formats.duration(timing.p95)
 
 
@@ -168,4 +175,4 @@ def _yes(value: object) -> Text:
 
 
 def _table(title: str) -> Table:
-    return Table(title=Text(title, "bold"), title_justify="left", caption_justify="left")
+    return Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
