@@ -38,7 +38,7 @@ PLAN: dict[str, Stage] = {
         Stage(name="decoder", steps=700, batch=64, rate=2e-3, floor=0.1),
         Stage(name="projector", steps=300, batch=32, rate=3e-3, floor=0.1),
         Stage(name="captions", steps=900, batch=32, rate=1e-3, floor=0.3, warmup=0.05),
-        Stage(name="instructions", steps=1500, batch=32, rate=8e-4, warmup=0.03),
+        Stage(name="instructions", steps=800, batch=32, rate=8e-4, warmup=0.03),
     )
 }
 

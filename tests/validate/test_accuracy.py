@@ -1,12 +1,16 @@
+import json
 import math
 from collections.abc import Sequence
 
+import jinja2
 import numpy as np
 import pytest
+import torch
 
 from fastvlm_export.exporter import checkpoint
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
+from fastvlm_export.exporter.prompt import qwen_2_prompt
 from fastvlm_export.targets.base import Array, TokenIds
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import accuracy, digits
@@ -121,6 +125,7 @@ def test_progress_is_told_of_every_question() -> None:
 
 def test_the_bundled_model_answers_held_out_questions() -> None:
     """The promise of the bundle: 95 % exact over 300 questions, from the checkpoint as stored."""
+    torch.set_num_threads(1)  # a model this small only loses by sharing the cores
     bundled = checkpoint.bundled()
     report = accuracy.evaluate(
         EagerSession(bundled.model(), bundled.context, channels_last=True),
@@ -133,3 +138,24 @@ def test_the_bundled_model_answers_held_out_questions() -> None:
     )
     assert report.total.value >= 0.95
     assert min(share.value for share in report.kinds.values()) >= 0.93
+
+
+def test_the_bundled_folder_is_small_and_in_train_form() -> None:
+    folder = checkpoint.BUNDLED_FOLDER
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    bundled = checkpoint.bundled()
+    assert bundled.dtype == "bfloat16"
+    assert bundled.config.tower.train_form
+    assert bundled.tokenizer.vocab_size < bundled.config.decoder.vocab_size  # padded, as released
+
+
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_the_bundled_chat_template_writes_the_prompt(as_parts: bool) -> None:
+    config = json.loads((checkpoint.BUNDLED_FOLDER / "tokenizer_config.json").read_text())
+    question = digits.QUESTIONS[Kind.NUMBER]
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    message = {"role": "user", "content": parts if as_parts else f"<image>\n{question}"}
+    template = jinja2.Template(config["chat_template"])
+    assert template.render(messages=[message], add_generation_prompt=True) == qwen_2_prompt(
+        question
+    )
