@@ -11,6 +11,7 @@ TARGET_NAMES = {
     "tensorrt": "TensorRT",
     "coreml": "Core ML",
     "executorch": "ExecuTorch",
+    "pytorch": "PyTorch eager",
 }
 PART_NAMES = {
     "load_cold": "Load, cold",
@@ -42,6 +43,20 @@ def plain(value: object) -> object:
     elif not isinstance(value, str | int | None):
         out = str(value)
     return out
+
+
+def lines(value: object) -> list[str]:
+    """A value for people, one line for each part of a mapping or list that holds more."""
+    if isinstance(value, Mapping):
+        inner = [(str(key), item) for key, item in value.items()]
+        return [f"{key}: {line}" for key, item in inner for line in lines(item)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if any(isinstance(item, Mapping) for item in value):
+            return [", ".join(lines(item)) for item in value]
+        return [", ".join(line for item in value for line in lines(item))]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [f"{value:,}" if abs(value) >= 1_000_000 else str(value)]
+    return [str(value)]
 
 
 def number(value: float) -> str:

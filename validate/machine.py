@@ -29,6 +29,11 @@ class Machine:
     packages: Mapping[str, str]
     load: float | None
 
+    @property
+    def busy(self) -> bool:
+        """True where others took so much that timings are worth less."""
+        return self.load is not None and self.load > max(0.5, 0.25 * self.cores)
+
 
 def describe() -> Machine:
     """Look at this machine; imports none of the packages that it names."""

@@ -72,6 +72,7 @@ def _environment() -> Environment:
         "number": formats.number,
         "duration": formats.duration,
         "size": formats.size,
+        "lines": formats.lines,
         "stage_name": STAGE_NAMES.__getitem__,
         "target_name": formats.target_name,
         "day": lambda text: f"{datetime.fromisoformat(text):%d %B %Y, %H:%M} UTC".lstrip("0"),
@@ -159,10 +160,8 @@ def _latency_tiles(report: "Report") -> list[Tile]:
     ]
     for peer in report.latency.subjects[1:]:
         ratio = report.latency.ratios(peer)["ttft"]
-        found.insert(
-            1,
-            Tile(label=f"{peer.name} takes", value=f"{ratio:.3g}x", note="our time to first token"),
-        )
+        name = f"{formats.target_name(peer.name)} takes"
+        found.insert(1, Tile(label=name, value=f"{ratio:.3g}x", note="our time to first token"))
     return found
 
 

@@ -102,17 +102,18 @@ def latency(result: LatencyResult) -> Group:
         f"Time to first token, {result.prompt_tokens} prompt tokens, {ours.ttft.n} runs, "
         f"{result.threads} threads"
     )
-    table.add_column("Part")
+    table.add_column("Part", no_wrap=True)
     for subject in result.subjects:
         table.add_column(Text(formats.target_name(subject.name)), justify="right")
         table.add_column("p95", justify="right", style="dim")
     for peer in peers:
-        table.add_column(Text(f"{peer.name} takes"), justify="right")
+        table.add_column(Text(f"{formats.target_name(peer.name)} takes"), justify="right")
     ratios = [result.ratios(peer) for peer in peers]
     for name, label in PART_NAMES.items():
         cells = [cell for subject in result.subjects for cell in _timing(subject, name)]
         times = [f"{ratio[name]:.2f}x" if name in ratio else "" for ratio in ratios]
-        table.add_row(label, *cells, *times, style="bold" if name == "ttft" else "")
+        unit = ", tokens/s" if name == "decode" else ""
+        table.add_row(label + unit, *cells, *times, style="bold" if name == "ttft" else "")
     memory = [cell for one in result.subjects for cell in (formats.size(one.peak_memory_bytes), "")]
     more = [f"{peer.peak_memory_bytes / ours.peak_memory_bytes:.2f}x" for peer in peers]
     table.add_row("Peak memory", *memory, *more)
@@ -120,6 +121,10 @@ def latency(result: LatencyResult) -> Group:
         Text(f"{formats.target_name(one.name)}: {one.setting}; load {one.load_note}", "dim")
         for one in result.subjects
     ]
+    if result.machine.busy:
+        wanted = formats.number(result.machine.load or 0)
+        busy = f"The machine was busy: {wanted} processes wanted a core over the minute before."
+        notes.append(Text(f"{busy} Numbers are worth less for it.", "yellow"))
     return Group(table, *notes)
 
 
@@ -129,7 +134,7 @@ def _timing(subject: SubjectResult, name: str) -> tuple[str, str]:
     if timing is None:
         return "-", ""
     if name == "decode":
-        return f"{formats.rate(subject.tokens_per_second)} tokens/s", ""
+        return formats.rate(subject.tokens_per_second), ""
     return formats.duration(timing.p50), formats.duration(timing.p95)
 
 
@@ -140,16 +145,8 @@ def facts(found: Mapping[str, object], title: str) -> Table:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for label, value in found.items():
-        table.add_row(Text(label), Text(_lines(value)))
+        table.add_row(Text(label), Text("\n".join(formats.lines(value))))
     return table
-
-
-def _lines(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "\n".join(f"{key}: {item}" for key, item in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "\n".join(str(item) for item in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def targets(rows: Sequence[Mapping[str, object]]) -> Table:
@@ -158,13 +155,12 @@ def targets(rows: Sequence[Mapping[str, object]]) -> Table:
     for name in ("Target", "Export here", "Run here", "Recipes", "Versions, or what to do"):
         table.add_column(name)
     for row in rows:
-        versions = row["versions"]
-        found = _lines(versions).replace("\n", ", ") if isinstance(versions, Mapping) else ""
+        found = ", ".join(formats.lines(row["versions"]))
         table.add_row(
             Text(str(row["target"]), "bold"),
             _yes(row["lower"]),
             _yes(row["run"]),
-            _lines(row["recipes"]).replace("\n", ", "),
+            ", ".join(formats.lines(row["recipes"])),
             Text(str(row["remedy"] or found)),
         )
     return table

@@ -8,10 +8,13 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models
 
+from fastvlm_export.exporter import checkpoint, prompt
 from fastvlm_export.exporter.bundle import Manifest, Source
 from fastvlm_export.exporter.errors import ExportError
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
-from fastvlm_export.validate import latency, latency_process, latency_worker, machine
+from fastvlm_export.exporter.preprocess import Preprocessing, Strategy, preprocess
+from fastvlm_export.targets.eager import EagerSession
+from fastvlm_export.targets.generation import PromptInputs, generate
+from fastvlm_export.validate import digits, latency, latency_process, latency_worker, machine
 from fastvlm_export.validate.latency import Backend, Part, Plan, Subject, Timing
 
 IMAGE_TOKEN_ID = 9
@@ -51,6 +54,28 @@ latency_worker.main()
 """
 
 
+def write_manifest(folder, **changes):
+    values = {
+        "schema": 1,
+        "source": Source(name="toy", layout="random", sha256="0" * 64),
+        "target": "toy",
+        "recipe": "fp32",
+        "resolution": 32,
+        "context": 64,
+        "image_tokens": 2,
+        "preprocessing": Preprocessing(strategy=Strategy.PAD, resolution=32),
+        "prompt_template": "qwen_2",
+        "image_token": "<image>",
+        "image_token_id": IMAGE_TOKEN_ID,
+        "eos_token_ids": (0,),
+        "model": {},
+        "graphs": {},
+        "versions": {},
+        "files": {path.name: "" for path in folder.iterdir()},
+    }
+    (folder / "manifest.json").write_text(Manifest(**(values | changes)).to_json())
+
+
 @pytest.fixture
 def bundle(tmp_path):
     folder = tmp_path / "bundle"
@@ -59,25 +84,7 @@ def bundle(tmp_path):
     Tokenizer(models.WordLevel({f"word{i}": i for i in range(9)}, "word0")).save(
         str(folder / "tokenizer.json")
     )
-    manifest = Manifest(
-        schema=1,
-        source=Source(name="toy", layout="random", sha256="0" * 64),
-        target="toy",
-        recipe="fp32",
-        resolution=32,
-        context=64,
-        image_tokens=2,
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=32),
-        prompt_template="qwen_2",
-        image_token="<image>",  # noqa: S106 - not a password
-        image_token_id=IMAGE_TOKEN_ID,
-        eos_token_ids=(0,),
-        model={},
-        graphs={},
-        versions={},
-        files={"weights.bin": "", "tokenizer.json": ""},
-    )
-    (folder / "manifest.json").write_text(manifest.to_json())
+    write_manifest(folder)
     return folder
 
 
@@ -183,6 +190,46 @@ def test_ratios_are_medians_over_pairs_of_rounds():
     assert ratios["ttft"] == 3.0
     assert ratios["load_warm"] == 3.0
     assert "load_cold" not in ratios
+
+
+@pytest.fixture
+def digits_bundle(tmp_path):
+    """The bundled model's contract without its artifact."""
+    model = checkpoint.bundled()
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(model.tokenizer.to_json(), "utf-8")
+    write_manifest(
+        folder,
+        resolution=model.resolution,
+        context=128,
+        image_tokens=model.config.tower.image_tokens(model.resolution),
+        preprocessing=model.preprocessing,
+        image_token_id=model.image_token_id,
+    )
+    return folder
+
+
+def test_pytorch_is_timed_on_the_same_contract(digits_bundle):
+    model = checkpoint.bundled()
+    scene = digits.held_out_scenes(1, seed=3)[0]
+    tokens = model.config.tower.image_tokens(model.resolution)
+    question = digits.QUESTIONS[digits.Kind.COLOUR]
+    ids = prompt.prompt_ids(model.tokenizer, question, model.image_token_id, tokens)
+    peer = Subject(
+        name="pytorch", backend=Backend.PYTORCH, bundle=digits_bundle, checkpoint="bundled"
+    )
+    plan = Plan(warmup=0, runs=1, least_runs=1, tokens=1, loads=1)
+    image = Image.fromarray(scene.pixels)
+    found = latency.measure([peer], image, ids, plan).subjects[0]
+    session = EagerSession(model.model(), 128)
+    pixels = preprocess(image, model.preprocessing)
+    inputs = PromptInputs(input_ids=ids, image_token_id=model.image_token_id, pixels=pixels)
+    expected = generate(session, inputs, max_new_tokens=1, eos_token_ids=())
+    assert found.first_text == model.tokenizer.decode(expected)
+    assert "reparameterized" in found.setting
+    assert (found.load_cold.n, found.load_warm.n) == (1, 1)
+    assert "disk" in found.load_note or "cold" in found.load_note
 
 
 def test_percentiles_are_of_all_runs():
