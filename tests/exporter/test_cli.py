@@ -1,0 +1,287 @@
+"""The command line as a user meets it. One export of the bundled model serves most tests."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastvlm_export.exporter import cli
+from fastvlm_export.exporter.bundle import files_of
+from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
+
+SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fastvlm-export", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), out, err)
+
+    return call
+
+
+def command(*arguments: object) -> list[str]:
+    program = "from fastvlm_export.exporter.cli import main; main()"
+    return [sys.executable, "-c", program, *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("cli") / "bundle"
+    done = subprocess.run(
+        command("--target", "onnx", "--out", out, "--runs", 1, "--json"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+@pytest.fixture
+def bundle(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported[0], tmp_path / "bundle"))
+
+
+def test_help_answers_without_torch() -> None:
+    program = (
+        "import sys; from fastvlm_export.exporter.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'onnx', 'numpy') if m in sys.modules])"
+    )
+    for arguments in (["--help"], ["bench", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+        )
+        assert "Usage" in done.stdout
+        assert done.stdout.strip().endswith("[]")
+
+
+def test_the_export_says_all_it_found_as_json(exported: tuple[Path, dict[str, Any]]) -> None:
+    out, said = exported
+    assert said["passed"] is True
+    (one,) = said["bundles"]
+    assert one["path"] == str(out)
+    report = one["report"]
+    assert report["parity"]["passed"]
+    assert report["latency"]["subjects"][0]["ttft"]["p50"] > 0
+    right = report["accuracy"]["candidate"]
+    assert right["total"] >= 300
+    assert right["right"] >= 0.95 * right["total"]
+    assert report == json.loads((out / "report" / "report.json").read_text())
+    assert "<html" in (out / "report" / "report.html").read_text()
+
+
+def test_nothing_of_this_machine_is_in_the_bundle(exported: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = exported
+    for path in out.rglob("*"):
+        if path.is_file() and "report" not in path.parts:
+            content = path.read_bytes()
+            assert str(Path.home()).encode() not in content
+            assert str(BUNDLED_FOLDER.parent).encode() not in content
+            assert str(out).encode() not in content
+
+
+def test_the_same_export_gives_the_same_bytes(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path, run: Run
+) -> None:
+    copy = shutil.copytree(BUNDLED_FOLDER, tmp_path / "some-name")
+    before = files_of(copy)
+    result = run("--checkpoint", copy, "--out", tmp_path / "again", "--runs", 1, "--quiet")
+    assert result.code == 0
+    assert files_of(tmp_path / "again") == files_of(exported[0])
+    assert files_of(copy) == before  # the input was not written
+    # The same files lie under another name, and are known again: accuracy is measured.
+    report = json.loads((tmp_path / "again" / "report" / "report.json").read_text())
+    assert report["accuracy"]["passed"]
+
+
+def test_generate_reads_the_number(bundle: Path, run: Run) -> None:
+    result = run("generate", bundle, "--image", SAMPLE, "--prompt", "Read the number.", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["text"] == "7786"
+    sampled = run(
+        "generate", bundle, "--image", SAMPLE, "--prompt", "Read the number.", "--temperature", 0.1
+    )
+    assert sampled.out == "7786\n"
+
+
+def test_bench_against_pytorch_prints_a_ratio_for_each_part(bundle: Path, run: Run) -> None:
+    result = run("bench", bundle, "--against", "pytorch", "--runs", 2, "--json")
+    assert result.code == 0
+    ratios = json.loads(result.out)["ratios"]["pytorch"]
+    assert {"encode", "prefill", "ttft", "decode"} <= ratios.keys()
+    assert all(value > 0 for value in ratios.values())
+
+
+def test_validate_proves_a_bundle_again_with_the_users_image(
+    bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    picture = tmp_path / "wide.jpg"
+    Image.effect_noise((300, 90), 80).convert("RGB").save(picture)
+    result = run("validate", bundle, "--image", picture, "--json")
+    assert result.code == 0
+    report = json.loads(result.out)["bundles"][0]["report"]
+    assert "wide.jpg" in {m["case"] for m in report["parity"]["measurements"]}
+
+
+def test_a_bundle_of_other_weights_fails_the_gate(bundle: Path, run: Run) -> None:
+    """One bias changed, and the manifest made to agree: hashes hold, numbers do not."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    path = bundle / "onnx" / "vision_encoder.onnx"
+    model = onnx.load(path)
+    bias = next(t for t in model.graph.initializer if len(t.dims) == 1 and t.dims[0] == 512)
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[0] += 1
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, path)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"] = files_of(bundle)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    result = run("validate", bundle, "--json")
+    assert result.code == 1
+    report = json.loads(result.out)["bundles"][0]["report"]
+    assert report["parity"]["first_broken"] == "image_features"
+
+
+def test_targets_and_inspect_speak_json(run: Run) -> None:
+    (row,) = json.loads(run("targets", "--json").out)
+    assert (row["target"], row["recipes"]) == ("onnx", ["fp32"])
+    facts = json.loads(run("inspect", BUNDLED_FOLDER, "--json").out)
+    assert (facts["tower_form"], facts["resolution"], facts["image_tokens"]) == ("train", 256, 16)
+    assert facts["tied"] is True
+    assert run("inspect", BUNDLED_FOLDER).code == 0
+    assert "onnx" in run("targets").out
+
+
+def bad(result: Result, *words: str) -> None:
+    """One clear error: exit code 2, on stderr, no traceback, nothing on stdout."""
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert not result.out
+    for word in words:
+        assert word in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--target", "onxx"], "onnx"),
+        (["--recipe", "fp23"], "fp32"),
+        (["--checkpoint", "/does/not/exist"], "/does/not/exist"),
+        (["--random", "fastvlm-9b"], "fastvlm-0.5b"),
+        (["--checkpoint", "a", "--random", "fastvlm-0.5b"], "contradict"),
+        (["--resolution", "63"], "64"),
+        (["--context", "20"], "112"),
+        (["--context", "99999"], "2048"),
+        (["--image", "/no/such.png"], "such.png"),
+    ],
+)
+def test_a_wrong_request_is_one_clear_error(
+    arguments: list[str], word: str, tmp_path: Path, run: Run
+) -> None:
+    bad(run(*arguments, "--out", tmp_path / "out", "--quiet"), word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_wrong_with_a_request_is_said_at_once(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "kept.txt").write_text("x")
+    result = run(
+        "--target", "tflite", "--recipe", "int3", "--image", "none.png", "--out", tmp_path, "-q"
+    )
+    bad(result, "tflite", "int3", "none.png", "not empty")
+
+
+def test_an_error_is_json_too(run: Run) -> None:
+    result = run("--recipe", "fp23", "--json")
+    assert result.code == 2
+    said = json.loads(result.out)["error"]
+    assert "fp23" in said["message"]
+    assert said["hint"]
+
+
+def test_an_existing_folder_needs_force(bundle: Path, run: Run) -> None:
+    before = files_of(bundle)
+    bad(run("--out", bundle, "--quiet"), "--force")
+    assert files_of(bundle) == before
+
+
+def test_options_before_a_subcommand_are_not_lost(bundle: Path, run: Run) -> None:
+    bad(run("--resolution", 512, "validate", bundle), "resolution")
+
+
+@pytest.mark.parametrize(
+    "file", ["onnx/decoder_model_merged.onnx", "manifest.json", "tokenizer.json"]
+)
+def test_a_truncated_bundle_is_refused(bundle: Path, file: str, run: Run) -> None:
+    content = (bundle / file).read_bytes()
+    (bundle / file).write_bytes(content[: len(content) // 2])
+    for name, more in (("validate", ()), ("bench", ()), ("generate", ("--prompt", "Hm?"))):
+        bad(run(name, bundle, *more), file)
+
+
+def test_a_truncated_graph_that_its_hash_vouches_for_is_refused(bundle: Path, run: Run) -> None:
+    path = bundle / "onnx" / "vision_encoder.onnx"
+    path.write_bytes(path.read_bytes()[:1000])
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"] = files_of(bundle)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    bad(run("generate", bundle, "--prompt", "Hm?"), "vision_encoder.onnx")
+
+
+def test_validate_needs_the_checkpoint_that_it_was_made_from(
+    bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["source"] |= {"layout": "apple", "name": "mine"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    bad(run("validate", bundle), "--checkpoint")
+    other = shutil.copytree(BUNDLED_FOLDER, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
+    bad(run("validate", bundle, "--checkpoint", other), "mine", "--checkpoint")
+    assert run("validate", bundle, "--checkpoint", BUNDLED_FOLDER, "--quiet").code == 0
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("delay", [1.0, 6.0])
+def test_an_interrupted_export_leaves_the_old_bundle(
+    bundle: Path, signal_: signal.Signals, delay: float
+) -> None:
+    before = files_of(bundle)
+    child = subprocess.Popen(
+        command("--out", bundle, "--force", "--quiet"), stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(delay)
+    child.send_signal(signal_)
+    _, err = child.communicate()
+    if signal_ is signal.SIGINT and delay > 5:
+        assert child.returncode == 130
+        assert "Traceback" not in err
+        assert os.listdir(bundle.parent) == ["bundle"]  # noqa: PTH208 - names are compared
+    assert files_of(bundle) == before
