@@ -17,7 +17,7 @@ from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
-from fastvlm_export.targets import onnx
+from fastvlm_export.targets import onnx, onnx_files
 
 RESOLUTION, CONTEXT = 128, 160
 
@@ -127,4 +127,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    return make_small(tmp_path_factory.mktemp("tied"), tied=True)
+    """With weights in several external data files, as large models have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files, "INLINE_LIMIT", 10_000)
+        patch.setattr(onnx_files, "CHUNK_LIMIT", 200_000)
+        return make_small(tmp_path_factory.mktemp("tied"), tied=True)
