@@ -28,6 +28,7 @@ from .tensor_names import Layout, detect, rename
 from .tokenizer import Tokenizer, collect_tokenizer
 from .weight_files import Weights, hash_files, read_weights
 
+START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 LARGEST_CONTEXT = 2**20
 SHOWN_PROBLEMS = 20
@@ -117,6 +118,8 @@ def load(path: Path) -> Checkpoint:
     text = _text_section(config, tensors.layout)
     vocab_size = tensors.config.decoder.vocab_size
     ends = _eos_token_ids(folder, config, text, tokenizer, vocab_size)
+    if tokenizer is not None:
+        notes += _missing_markers(tokenizer, ends)
     image_token_id = _image_token_id(config, tokenizer, vocab_size, notes)
     context = _context(config, tensors.config.decoder.max_positions)
     if problems or tokenizer is None or images is None:
@@ -305,9 +308,16 @@ def _eos_token_ids(
                 else:
                     ids.append(value)
     end = tokenizer.token_to_id(END_OF_TURN) if tokenizer else None
-    if tokenizer and not ids and end is None:
-        config.problems.append(f"nothing ends an answer: no eos_token_id and no {END_OF_TURN}")
     return tuple(dict.fromkeys([*ids, *([end] if end is not None else [])]))
+
+
+def _missing_markers(tokenizer: Tokenizer, ends: tuple[int, ...]) -> list[str]:
+    notes = []
+    if tokenizer.token_to_id(START_OF_TURN) is None:
+        notes.append(f"the tokenizer has no {START_OF_TURN}, which the qwen_2 prompt is made of")
+    if not ends:
+        notes.append(f"nothing ends an answer: there is no eos_token_id and no {END_OF_TURN}")
+    return notes
 
 
 def _image_token_id(

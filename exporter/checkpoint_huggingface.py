@@ -9,6 +9,7 @@ from .preprocess import Preprocessing, Strategy
 
 DEFAULT_RESOLUTION = 1024
 LARGEST_RESOLUTION = 8192
+UNSET_SEQ_LENGTH = 576  # what transformers writes when nobody set image_seq_length
 # timm's two FastViTHD architectures and the sizes that model_args can override.
 ARCHITECTURES: dict[str, dict[str, tuple[float, ...]]] = {
     "fastvit_mci3": {
@@ -171,6 +172,8 @@ def _resolution_from_config(config: Section, stride: int, notes: list[str]) -> i
     if (size := vision.integer("image_size", high=LARGEST_RESOLUTION)) is not None:
         return size
     tokens = config.integer("image_seq_length", high=(LARGEST_RESOLUTION // stride) ** 2)
+    if tokens == UNSET_SEQ_LENGTH:
+        tokens = None
     if tokens is not None and math.isqrt(tokens) ** 2 == tokens:
         notes.append(f"the resolution is that of image_seq_length {tokens}")
         return stride * math.isqrt(tokens)

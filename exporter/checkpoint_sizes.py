@@ -26,9 +26,9 @@ class DecoderShape:
 
 
 def _rows(shapes: Shapes, pattern: str, axis: int = 0) -> int | None:
-    """The size of `axis` of the first tensor whose name matches."""
+    """The size of `axis` of the first tensor, not empty, whose name matches."""
     for name, shape in shapes.items():
-        if len(shape) > axis and re.fullmatch(pattern, name):
+        if len(shape) > axis and shape[axis] and re.fullmatch(pattern, name):
             return shape[axis]
     return None
 

@@ -60,7 +60,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         problems.append(f"{path.name} is truncated or damaged: {reason}")
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error.strerror or error}")

@@ -124,6 +124,14 @@ def test_generation_config_ends_answers(folder: Path) -> None:
     assert load(folder).eos_token_ids == (261, 259)
 
 
+def test_nothing_that_ends_an_answer_is_noted(folder: Path) -> None:
+    edit(folder / "config.json", eos_token_id=...)
+    (folder / "added_tokens.json").unlink()
+    checkpoint = load(folder)
+    assert checkpoint.eos_token_ids == ()
+    assert "nothing ends an answer" in checkpoint.notes[-1]
+
+
 def test_absent_settings_are_the_librarys_defaults(folder: Path) -> None:
     gone = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "model_type")
     edit(folder / "config.json", **dict.fromkeys(gone, ...))

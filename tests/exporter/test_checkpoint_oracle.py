@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastvlm_export.exporter.checkpoint import Checkpoint, load
+from fastvlm_export.exporter.preprocess import preprocess
+from fastvlm_export.exporter.prompt import qwen_2_prompt
 from fastvlm_export.exporter.tensor_names import Layout
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
@@ -127,6 +131,36 @@ def test_the_older_names_of_hugging_face_load(tmp_path: Path) -> None:
     checkpoints.write_weights(tmp_path, tensors, shards=3)
     (tmp_path / "model.safetensors").unlink()
     assert_agrees(load(tmp_path), oracle, seed=2)
+
+
+def test_a_folder_saved_by_the_librarys_own_processor(tmp_path: Path) -> None:
+    """Many shards, processor_config.json and tokenizer.json, as transformers 5 writes them."""
+    transformers = oracles.libraries()
+    from transformers.models.clip.image_processing_pil_clip import (  # noqa: PLC0415
+        CLIPImageProcessorPil,
+    )
+
+    sizes = {"size": {"shortest_edge": 192}, "crop_size": {"height": 192, "width": 192}}
+    normal = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    images = CLIPImageProcessorPil(**sizes, **normal)
+    checkpoints.save_tokenizer(tmp_path, oracles.IMAGE_TOKEN_ID)
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
+    folder = tmp_path / "saved"
+    oracles.build(OTHER, seed=7).save_pretrained(folder, max_shard_size="200KB")
+    transformers.LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=64
+    ).save_pretrained(folder)
+
+    checkpoint = load(folder)
+    assert checkpoint.notes == () and (folder / "model.safetensors.index.json").exists()
+    assert checkpoint.image_token_id == oracles.IMAGE_TOKEN_ID
+    text = qwen_2_prompt("How many? It's 42\n\n äöü 中文", image=True)
+    assert checkpoint.tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
+    for size in ((333, 211), (100, 301), (192, 192)):
+        noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        pixels = images(image, return_tensors="np")["pixel_values"]
+        assert np.abs(preprocess(image, checkpoint.preprocessing) - pixels).max() < 1e-6
 
 
 @pytest.mark.slow
