@@ -27,6 +27,8 @@ from . import machine
 from .latency_process import WorkerProcess, start
 from .machine import Machine
 
+RANDOM = "random:"
+
 Progress = Callable[[str], None]
 
 
@@ -240,11 +242,11 @@ def measure(
         cold = [_cold_loads(job, plan.loads, say) for job in jobs]
         warm = [_warm_loads(job, plan.loads - 1, say) for job in jobs]
         workers = [stack.enter_context(start(job)) for job in jobs]
-        for worker, seconds in zip(workers, warm, strict=True):
+        for job, worker, seconds in zip(jobs, workers, warm, strict=True):
             say(f"{worker.name}: loading")
             loaded = worker.ask("load", cold=False)
             worker.setting = loaded["setting"]
-            if loaded["files"] and plan.loads:
+            if plan.loads and not is_random(job["checkpoint"]):
                 seconds.append(loaded["seconds"])
         rounds = _rounds(workers, plan, say)
         peaks = [int(worker.ask("finish")["peak_memory_bytes"]) for worker in workers]
@@ -261,6 +263,11 @@ def measure(
         prompt_tokens=len(prompt_ids),
         warmup=plan.warmup,
     )
+
+
+def is_random(checkpoint: str) -> bool:
+    """Whether the weights are made up, not loaded: there is no loading to time then."""
+    return checkpoint.startswith(RANDOM)
 
 
 def _job(
@@ -281,26 +288,21 @@ def _job(
 
 
 def _cold_loads(job: dict[str, Any], count: int, say: Progress) -> list[dict[str, Any]]:
-    loads = []
-    for number in range(count):
+    loads: list[dict[str, Any]] = []
+    for number in range(0 if is_random(job["checkpoint"]) else count):
         say(f"{job['name']}: loading cold, {number + 1} of {count}")
         with start(job) as worker:
             loads.append(worker.ask("load", cold=True))
-            if not loads[-1]["files"]:
-                return []
     return loads
 
 
 def _warm_loads(job: dict[str, Any], count: int, say: Progress) -> list[float]:
     """All but one of the warm loads: the process that measures gives the last."""
     seconds: list[float] = []
-    for number in range(count):
+    for number in range(0 if is_random(job["checkpoint"]) else count):
         say(f"{job['name']}: loading warm, {number + 1} of {count + 1}")
         with start(job) as worker:
-            loaded = worker.ask("load", cold=False)
-            if not loaded["files"]:
-                break
-            seconds.append(loaded["seconds"])
+            seconds.append(worker.ask("load", cold=False)["seconds"])
     return seconds
 
 

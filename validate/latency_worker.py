@@ -23,7 +23,7 @@ from ..exporter.preprocess import preprocess, read_image
 from ..exporter.tokenizer import read_tokenizer
 from ..targets.base import Session
 from ..targets.generation import splice
-from .latency import Backend, Part
+from .latency import Backend, Part, is_random
 from .machine import peak_memory, reset_peak_memory
 
 Load = Callable[[], Callable[[], Session]]
@@ -45,7 +45,7 @@ class Worker:
         self.peak_of_load = 0
 
     def load(self, *, cold: bool) -> dict[str, Any]:
-        """Open the backend. `files` is how many bytes of it lie on disk."""
+        """Open the backend: seconds, what a cold number is worth, and the setting."""
         files = self._files()
         size = sum(path.stat().st_size for path in files)
         load, setting = self._bundle() if self.is_bundle else self._pytorch()
@@ -64,7 +64,7 @@ class Worker:
             reset_peak_memory()
         else:
             self.session = finish()
-        return {"seconds": seconds, "files": size, "note": note, "setting": setting}
+        return {"seconds": seconds, "note": note, "setting": setting}
 
     def round(self) -> dict[str, Any]:
         """One question timed part by part, then the tokens after the first. In seconds."""
@@ -102,7 +102,7 @@ class Worker:
         if self.is_bundle:
             return [self.bundle.path / name for name in self.bundle.manifest.files]
         checkpoint: str = self.job["checkpoint"]
-        if checkpoint.startswith("random:"):
+        if is_random(checkpoint):
             return []
         folder = Path(checkpoint)
         if checkpoint == "bundled":
@@ -137,7 +137,7 @@ class Worker:
         context = self.bundle.manifest.context
 
         def load() -> Callable[[], Session]:
-            if name.startswith("random:"):
+            if is_random(name):
                 _, preset, seed = name.split(":")
                 model = checkpoints.random(preset, int(seed)).model()
             else:
