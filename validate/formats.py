@@ -55,7 +55,7 @@ def lines(value: object) -> list[str]:
             return [", ".join(lines(item)) for item in value]
         return [", ".join(line for item in value for line in lines(item))]
     if isinstance(value, int) and not isinstance(value, bool):
-        return [f"{value:,}" if abs(value) >= 1_000_000 else str(value)]
+        return [f"{value:,}" if abs(value) >= 10_000 else str(value)]
     return [str(value)]
 
 
