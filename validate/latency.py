@@ -244,7 +244,7 @@ def measure(
         workers = [stack.enter_context(start(job)) for job in jobs]
         for job, worker, seconds in zip(jobs, workers, warm, strict=True):
             say(f"{worker.name}: loading")
-            loaded = worker.ask("load", cold=False)
+            loaded = worker.ask("load", cold=False, keep=True)
             worker.setting = loaded["setting"]
             if plan.loads and not is_random(job["checkpoint"]):
                 seconds.append(loaded["seconds"])
@@ -292,7 +292,7 @@ def _cold_loads(job: dict[str, Any], count: int, say: Progress) -> list[dict[str
     for number in range(0 if is_random(job["checkpoint"]) else count):
         say(f"{job['name']}: loading cold, {number + 1} of {count}")
         with start(job) as worker:
-            loads.append(worker.ask("load", cold=True))
+            loads.append(worker.ask("load", cold=True, keep=False))
     return loads
 
 
@@ -302,7 +302,7 @@ def _warm_loads(job: dict[str, Any], count: int, say: Progress) -> list[float]:
     for number in range(0 if is_random(job["checkpoint"]) else count):
         say(f"{job['name']}: loading warm, {number + 1} of {count + 1}")
         with start(job) as worker:
-            seconds.append(worker.ask("load", cold=False)["seconds"])
+            seconds.append(worker.ask("load", cold=False, keep=False)["seconds"])
     return seconds
 
 

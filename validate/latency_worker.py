@@ -44,8 +44,11 @@ class Worker:
         self.session: Session | None = None
         self.peak_of_load = 0
 
-    def load(self, *, cold: bool) -> dict[str, Any]:
-        """Open the backend: seconds, what a cold number is worth, and the setting."""
+    def load(self, *, cold: bool, keep: bool) -> dict[str, Any]:
+        """Open the backend: seconds, what a cold number is worth, and the setting.
+
+        Without `keep` the process is there to time the loading alone.
+        """
         files = self._files()
         size = sum(path.stat().st_size for path in files)
         load, setting = self._bundle() if self.is_bundle else self._pytorch()
@@ -55,14 +58,14 @@ class Worker:
         finish = load()
         seconds = time.perf_counter() - start
         note = _note(dropped, size, bytes_read() - read) if cold else ""
-        if not self.is_bundle:
+        if keep and not self.is_bundle:
             # The proof that comes with folding must not count as memory that eager needs.
             self.peak_of_load = peak_memory()
             self.session = finish()
             del finish, load
             gc.collect()
             reset_peak_memory()
-        else:
+        elif keep:
             self.session = finish()
         return {"seconds": seconds, "note": note, "setting": setting}
 
@@ -215,7 +218,7 @@ def main() -> None:
 def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     match request["do"]:
         case "load":
-            return worker.load(cold=request["cold"])
+            return worker.load(cold=request["cold"], keep=request["keep"])
         case "round":
             return worker.round()
         case _:
