@@ -91,8 +91,9 @@ def _fused_channel_norm(
 ) -> Any:
     tokens = op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1])
     flat = [
-        op.initializer(ir.tensor(value.const_value.numpy().reshape(-1), name=f"{value.name}.flat"))
-        for value in (weight, bias)
+        # Named after x: norms whose weights are equal share one initializer.
+        op.initializer(ir.tensor(value.const_value.numpy().reshape(-1), name=f"{x.name}.{part}"))
+        for part, value in (("scale", weight), ("shift", bias))
         if value.const_value is not None
     ]
     return op.LayerNormalization(tokens, *flat, axis=-1, epsilon=_scalar(epsilon))

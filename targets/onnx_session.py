@@ -10,8 +10,7 @@ import onnxruntime as ort
 import psutil
 
 from ..exporter.errors import ExportError
-from .base import Array, TokenIds
-from .eager import check_context
+from .base import Array, TokenIds, check_context
 
 
 def threads() -> int:
@@ -29,9 +28,9 @@ class OnnxSession:
 
     def __init__(self, paths: Mapping[str, Path], context: int) -> None:
         self.context = context
-        self.vision = _load(paths["vision"])
-        self.embedding = _load(paths["embedding"], intra_op_threads=1)  # one gather
-        self.decoder = _load(paths["decoder"])
+        self.vision = load_graph(paths["vision"])
+        self.embedding = load_graph(paths["embedding"], intra_op_threads=1)  # one gather
+        self.decoder = load_graph(paths["decoder"])
         self.past = 0
         self._mask = np.ones((1, context), dtype=np.int64)
         self._binding = self.decoder.io_binding()
@@ -75,7 +74,8 @@ class OnnxSession:
         self.past = 0
 
 
-def _load(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
+def load_graph(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
+    """A graph on the CPU, every optimization on. Raises ExportError when it can't be loaded."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = intra_op_threads or threads()

@@ -30,6 +30,18 @@ class TwoNorms(nn.Module):
         return self.second(total), total
 
 
+class TwoEqualNorms(nn.Module):
+    """Two norms whose weights are equal, and so share their initializers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = LayerNormChannel(8), LayerNormChannel(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).flatten(2).transpose(1, 2)
+        return tokens + self.second(x.cos()).flatten(2).transpose(1, 2)
+
+
 class TokensOfNorm(nn.Module):
     """A norm over channels and the tokens that attention makes of it."""
 
@@ -79,6 +91,12 @@ def test_rms_norms_become_one_node_each() -> None:
 def test_the_channel_norm_becomes_layer_normalization(size: float) -> None:
     operators, worst = lowered(TokensOfNorm(), size * torch.randn(2, 32, 6, 5), outputs=1)
     assert operators == {"Reshape": 1, "Transpose": 1, "LayerNormalization": 1, "MatMul": 1}
+    assert worst < 5e-6
+
+
+def test_channel_norms_of_equal_weights_are_kept_apart() -> None:
+    operators, worst = lowered(TwoEqualNorms(), torch.randn(2, 8, 6, 5), outputs=1)
+    assert operators["LayerNormalization"] == 2
     assert worst < 5e-6
 
 
