@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..exporter.errors import ExportError
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -78,3 +80,12 @@ class Target(Protocol):
     def open(self, bundle: "Bundle") -> Session:
         """Load the artifact for running. Raises ExportError where it can't be."""
         ...
+
+
+def check_context(past: int, new: int, context: int) -> None:
+    """Refuse to let the cache grow past the context."""
+    if past + new > context:
+        raise ExportError(
+            f"The context holds {context} positions; {past} are taken and {new} more were given.",
+            "Ask for fewer tokens, or export again with a larger --context.",
+        )

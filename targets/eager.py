@@ -3,19 +3,9 @@
 import numpy as np
 import torch
 
-from ..exporter.errors import ExportError
 from ..exporter.model.decoder import CacheInputsDecoder
 from ..exporter.model.fastvlm import FastVLM
-from .base import Array, TokenIds
-
-
-def check_context(past: int, new: int, context: int) -> None:
-    """Refuse to let the cache grow past the context."""
-    if past + new > context:
-        raise ExportError(
-            f"The context holds {context} positions; {past} are taken and {new} more were given.",
-            "Ask for fewer tokens, or export again with a larger --context.",
-        )
+from .base import Array, TokenIds, check_context
 
 
 class EagerSession:
