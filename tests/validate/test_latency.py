@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import textwrap
 from dataclasses import asdict
 
@@ -314,3 +316,11 @@ def test_the_machine_is_described_in_json():
     assert json.loads(json.dumps(asdict(described)))["cores"] >= 1
     assert described.cpu
     assert "numpy" in described.packages
+
+
+def test_the_onnx_session_and_the_worker_leave_pytorch_out():
+    code = (
+        "import fastvlm_export.targets.onnx_session, fastvlm_export.validate.latency_worker, sys; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
