@@ -210,7 +210,7 @@ def inspect(
     if as_json:
         _print_json(found.to_dict())
     else:
-        _results.print(terminal.facts(found.to_dict(), title=str(folder)))
+        _results.print(terminal.facts(found.summary(), title=str(folder)))
 
 
 @app.command()

@@ -45,6 +45,33 @@ class Inspection:
         """The same as plain JSON values."""
         return {**dataclasses.asdict(self), "path": str(self.path)}
 
+    def summary(self) -> dict[str, str]:
+        """The same for people: label -> one line, or a line each."""
+        stages = self.tower.stages
+        decoder, images = self.decoder, self.preprocessing
+        form = "parallel branches" if self.tower_form == "train" else "branches folded"
+        return {
+            "Layout": f"{self.layout}, stored as {self.dtype}",
+            "Tower": f"{self.tower_form} form ({form}), {self.tower.features} features",
+            "  widths": ", ".join(str(stage.width) for stage in stages),
+            "  depths": ", ".join(str(stage.depth) for stage in stages),
+            "  mixers": ", ".join(stage.mixer for stage in stages),
+            "Projector": self.projector,
+            "Decoder": f"{decoder['layers']} layers, hidden {decoder['hidden_size']}, "
+            f"ffn {decoder['intermediate_size']}, {decoder['heads']} heads, "
+            f"{decoder['kv_heads']} key/value heads of {decoder['head_dim']}",
+            "  embedding": f"{decoder['vocab_size']} rows, {self.padding_rows} of them padding, "
+            + ("tied to the head" if self.tied else "head apart"),
+            "Parameters": "\n".join(f"{n:,} {part}" for part, n in self.parameters.items()),
+            "Image": f"{self.resolution} px, {self.image_tokens} tokens, {images.strategy}, "
+            f"{images.resampling}, mean {images.mean}, std {images.std}",
+            "Image token": str(self.image_token_id),
+            "End tokens": ", ".join(map(str, self.eos_token_ids)) or "none",
+            "Context": f"{self.context} positions",
+            "SHA-256": self.sha256,
+            "Findings": "\n".join(self.notes) or "nothing odd",
+        }
+
 
 def inspect(path: Path) -> Inspection:
     """Read a checkpoint folder whole; ExportError lists everything that is wrong with it."""
