@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bars
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from .errors import ExportError
+from .progress import Progress, Silent
 
 if TYPE_CHECKING:
     from .pipeline import Outcome
@@ -56,22 +58,16 @@ _results = Console()
 
 
 class _Bars:
-    """Progress on stderr: one line a stage, with what it is at and how long it has taken."""
+    """Progress in a terminal: a line a stage, with what it is at and how long it has taken."""
 
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
-        self._task = None if bars.disable else bars.add_task("", total=1, detail="")
-        self._open = False
+        self._task: TaskID | None = None
 
     def stage(self, name: str) -> None:
         """Finish the line of the stage before, begin the next."""
-        if self._task is None:
-            return
-        if self._open:
-            self._bars.update(self._task, completed=1, detail="")
-            self._task = self._bars.add_task("", total=1, detail="")
-        self._open = True
-        self._bars.update(self._task, description=name)
+        self.finish()
+        self._task = self._bars.add_task(name, total=1, detail="")
 
     def detail(self, text: str) -> None:
         """Say what the running stage is at."""
@@ -84,14 +80,29 @@ class _Bars:
             self._bars.update(self._task, completed=1, detail="")
 
 
-def _with_progress(quiet: bool, action: Callable[[_Bars], T]) -> T:
+class _Lines:
+    """Progress in a log: a line when a stage starts."""
+
+    def stage(self, name: str) -> None:
+        """Print the stage and the time of day."""
+        _messages.print(f"{time.strftime('%H:%M:%S')}  {name}", highlight=False)
+
+    def detail(self, text: str) -> None:
+        """Say nothing: a log is not watched."""
+
+
+def _with_progress(quiet: bool, action: "Callable[[Progress], T]") -> T:
+    if quiet:
+        return action(Silent())
+    if not _messages.is_terminal:
+        return action(_Lines())
     columns = (
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[detail]}"),
     )
-    with Bars(*columns, console=_messages, disable=quiet) as bars:
+    with Bars(*columns, console=_messages) as bars:
         progress = _Bars(bars)
         result = action(progress)
         progress.finish()

@@ -15,7 +15,7 @@ from ..quantize import recipes
 from ..targets.base import Target
 from ..validate.latency import Plan
 from ..validate.machine import peak_memory
-from ..validate.proof import Proof, Reference, prove
+from ..validate.proof import Proof, Reference, prove, pytorch_peer
 from ..validate.report import Example, Export, Folding, Report
 from ..validate.report import files_of as report_files
 from . import bundle as bundles
@@ -94,6 +94,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
                 built,
                 images=images,
                 plan=request.plan,
+                peer=pytorch_peer(built, request.source),
                 clock=clock,
             )
             report = _report(checkpoint, built, proof, images, folded, clock)
@@ -135,6 +136,7 @@ def validate(
         bundle,
         images=shown,
         plan=plan,
+        peer=None,
         clock=clock,
     )
     report = _report(checkpoint, bundle, proof, shown, None, clock)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .. import targets
 from ..targets.generation import PromptInputs, Sampling, generate
-from ..validate.latency import Backend, LatencyResult, Plan, Subject
-from ..validate.proof import time_bundle
+from ..validate.latency import Backend, LatencyResult, Plan
+from ..validate.proof import pytorch_peer, time_bundle
 from . import prompt
 from .bundle import open_bundle
 from .clock import Clock
@@ -96,15 +96,7 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> LatencyRes
     bundle = open_bundle(request.bundle, clock.detail)
     peer = None
     if request.against:
-        source = request.source or recorded_source(bundle.manifest)
-        name = "bundled"
-        if source.checkpoint:
-            name = str(source.checkpoint)
-        elif source.random:
-            name = f"random:{source.random}:{source.seed}"
-        peer = Subject(
-            name=Backend.PYTORCH, backend=Backend.PYTORCH, bundle=bundle.path, checkpoint=name
-        )
+        peer = pytorch_peer(bundle, request.source or recorded_source(bundle.manifest))
     clock.stage("Measure latency")
     sample = shown[-1] if request.image else shown[0]
     return time_bundle(bundle, sample, request.plan or Plan(), clock.detail, peer)

@@ -18,11 +18,12 @@ USER_QUESTION = "Describe this image."
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """An RGB image, and a question about it."""
+    """An RGB image, the user's file that it came from if one did, and a question about it."""
 
     name: str
     image: Image.Image
     question: str
+    path: Path | None = None
 
 
 def samples(images: Sequence[Path]) -> list[Sample]:
@@ -38,5 +39,6 @@ def samples(images: Sequence[Path]) -> list[Sample]:
     photograph = Image.fromarray(load_sample_image(PHOTOGRAPH)).convert("RGB")
     found.append(Sample(name=PHOTOGRAPH, image=photograph, question=PHOTOGRAPH_QUESTION))
     return found + [
-        Sample(name=path.name, image=read_image(path), question=USER_QUESTION) for path in images
+        Sample(name=path.name, image=read_image(path), question=USER_QUESTION, path=path)
+        for path in images
     ]

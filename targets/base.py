@@ -65,7 +65,15 @@ class Artifact:
 
 
 class Target(Protocol):
-    """A module of this folder: lowers exported programs to files, opens them again."""
+    """A module of this folder: lowers exported programs to files, opens them again.
+
+    `RUNTIME_PACKAGES` are what `open` imports: their import is no part of an artifact's load time.
+    """
+
+    @property
+    def RUNTIME_PACKAGES(self) -> tuple[str, ...]:  # noqa: N802 - a module's constant
+        """Names of packages."""
+        ...
 
     def availability(self) -> Availability:
         """Look for the packages that lowering and running need, without importing torch."""

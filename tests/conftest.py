@@ -1,3 +1,8 @@
+import os
+
+# Models this small only lose by sharing the cores; children inherit it. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

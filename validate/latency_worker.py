@@ -116,7 +116,7 @@ class Worker:
 
     def _bundle(self) -> tuple[Load, str]:
         target = targets.get(self.bundle.manifest.target)
-        for package in getattr(target, "RUNTIME_PACKAGES", ()):
+        for package in target.RUNTIME_PACKAGES:
             importlib.import_module(package)  # here, so that it is not timed
 
         def load() -> Callable[[], Session]:

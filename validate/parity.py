@@ -7,6 +7,7 @@ pipeline, is the stage that broke.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -253,9 +254,13 @@ class _Comparison:
             return self._measurement(
                 Stage.PREPROCESS, Scope.ISOLATED, [missing(name, limit, flaw)], {}
             )
-        check = Check(name=name, value=metrics.max_abs(theirs, ours) * 255, limit=limit)
+        pairs = zip_longest(self.case.prompt_ids, self.case.candidate_prompt_ids)
+        checks = [
+            Check(name=name, value=metrics.max_abs(theirs, ours) * 255, limit=limit),
+            Check(name="prompt tokens differ", value=sum(a != b for a, b in pairs), limit=0),
+        ]
         numbers = {"psnr_db": metrics.psnr(theirs, ours)}
-        return self._measurement(Stage.PREPROCESS, Scope.ISOLATED, [check], numbers)
+        return self._measurement(Stage.PREPROCESS, Scope.ISOLATED, checks, numbers)
 
     def _features(self, scope: Scope, theirs: Array, ours: Output) -> Measurement:
         limits = {"max relative": self.limits.features, "1 - cosine": self.limits.cosine}

@@ -75,6 +75,7 @@ class Case:
     reference_pixels: Array
     candidate_pixels: Array
     prompt_ids: Sequence[int]
+    candidate_prompt_ids: Sequence[int]
     image_token_id: int
 
 

@@ -11,6 +11,7 @@ from ..exporter.clock import Clock
 from ..exporter.preprocess import preprocess
 from ..exporter.prompt import prompt_ids
 from ..exporter.samples import Sample
+from ..exporter.source import SourceRequest
 from ..exporter.spec import ExportSpec
 from ..exporter.tokenizer import Tokenizer, read_tokenizer
 from ..targets.base import Session
@@ -67,12 +68,14 @@ def prove(
     *,
     images: Sequence[Sample],
     plan: Plan | None,
+    peer: Subject | None,
     clock: Clock,
 ) -> Proof:
     """Hold a bundle against the raw checkpoint in float32, unreparameterized, stage by stage.
 
     Loading, folding and export all lie between the two. Each side uses its own contract: the
-    checkpoint's, and what the bundle's manifest and tokenizer say.
+    checkpoint's, and what the bundle's manifest and tokenizer say. With a `plan` the bundle is
+    timed, beside `peer` where there is one.
     """
     clock.stage("Open the bundle")
     candidate = targets.get(bundle.manifest.target).open(bundle)
@@ -90,13 +93,25 @@ def prove(
     timed = None
     if plan:
         clock.stage("Measure latency")
-        timed = time_bundle(bundle, images[0], plan, clock.detail)
+        timed = time_bundle(bundle, images[0], plan, clock.detail, peer)
     return Proof(parity=compared, accuracy=answers, latency=timed)
 
 
 def is_bundled_model(checkpoint: Checkpoint) -> bool:
     """Whether these are the bundled model's files, wherever they lie."""
     return checkpoint.sha256 == checkpoints.bundled().sha256
+
+
+def pytorch_peer(bundle: Bundle, source: SourceRequest) -> Subject:
+    """PyTorch on the weights that a bundle was made from, by the bundle's own contract."""
+    name = "bundled"
+    if source.checkpoint:
+        name = str(source.checkpoint)
+    elif source.random:
+        name = f"random:{source.random}:{source.seed}"
+    return Subject(
+        name=Backend.PYTORCH, backend=Backend.PYTORCH, bundle=bundle.path, checkpoint=name
+    )
 
 
 def time_bundle(
@@ -113,7 +128,7 @@ def time_bundle(
         read_tokenizer(bundle.path), sample.question, manifest.image_token_id, manifest.image_tokens
     )
     subjects = [subject, peer] if peer else [subject]
-    return latency.measure(subjects, sample.image, ids, plan, say)
+    return latency.measure(subjects, sample.path or sample.image, ids, plan, say)
 
 
 def _case(sample: Sample, spec: ExportSpec, bundle: Bundle, tokenizer: Tokenizer) -> Case:
@@ -124,6 +139,9 @@ def _case(sample: Sample, spec: ExportSpec, bundle: Bundle, tokenizer: Tokenizer
         candidate_pixels=preprocess(sample.image, manifest.preprocessing),
         prompt_ids=prompt_ids(
             spec.tokenizer, sample.question, spec.image_token_id, spec.image_tokens
+        ),
+        candidate_prompt_ids=prompt_ids(
+            tokenizer, sample.question, manifest.image_token_id, manifest.image_tokens
         ),
         image_token_id=spec.image_token_id,
     )

@@ -14,6 +14,7 @@ from fastvlm_export.validate.parity import Case
 torch.set_num_threads(1)  # models this small only lose by sharing the cores
 
 IMAGE_TOKEN_ID = 90
+PROMPT = [3, 1, 4, *[IMAGE_TOKEN_ID] * 4, 1, 5, 9]
 RESOLUTION = 128
 
 
@@ -55,13 +56,20 @@ def pixels(seed: int = 0) -> Array:
     return (values / 255).astype(np.float32)
 
 
-def case(name: str = "noise.png", *, theirs: Array | None = None, seed: int = 0) -> Case:
+def case(
+    name: str = "noise.png",
+    *,
+    theirs: Array | None = None,
+    their_prompt: list[int] | None = None,
+    seed: int = 0,
+) -> Case:
     ours = pixels(seed)
     return Case(
         name=name,
         reference_pixels=ours,
         candidate_pixels=ours if theirs is None else theirs,
-        prompt_ids=[3, 1, 4, *[IMAGE_TOKEN_ID] * 4, 1, 5, 9],
+        prompt_ids=PROMPT,
+        candidate_prompt_ids=PROMPT if their_prompt is None else their_prompt,
         image_token_id=IMAGE_TOKEN_ID,
     )
 

@@ -10,7 +10,7 @@ from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import parity
 from fastvlm_export.validate.parity import Scope, Stage
 
-from .fakes import IMAGE_TOKEN_ID, Altered, case, pixels, tiny_model, tiny_session
+from .fakes import IMAGE_TOKEN_ID, PROMPT, Altered, case, pixels, tiny_model, tiny_session
 
 FP32 = parity.LIMITS["fp32"]
 
@@ -90,6 +90,13 @@ def test_one_level_in_one_pixel_is_not_to_the_pixel():
     result = compare(tiny_session(), cases=[case(theirs=theirs)])
     assert result.failures[0][0].stage is Stage.PREPROCESS
     assert result.failures[0][1].value == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("their_prompt", [PROMPT[:-1], [2, *PROMPT[1:]], []])
+def test_another_prompt_breaks_preprocessing(their_prompt):
+    result = compare(tiny_session(), cases=[case(their_prompt=their_prompt)])
+    assert result.first_broken is Stage.PREPROCESS
+    assert "prompt tokens differ" in result.verdict
 
 
 def scaled(x):
@@ -273,7 +280,7 @@ def test_the_summary_keeps_the_worst_case_of_each_check():
     )
     check, worst_case = lines[0].worst[Scope.ISOLATED]
     assert (lines[0].stage, worst_case, check.passed) == (Stage.PREPROCESS, "bad", False)
-    features = lines[1]
+    features = next(line for line in lines if line.stage is Stage.IMAGE_FEATURES)
     assert features.worst[Scope.ISOLATED][0].value == 0
     assert features.overall == features.worst[Scope.END_TO_END]
     assert not features.passed
