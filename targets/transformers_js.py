@@ -1,6 +1,7 @@
 """The files beside the graphs that Transformers.js reads: configuration, processor, tokenizer."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from ..exporter.errors import ExportError
 from ..exporter.prompt import IMAGE_TOKEN, SYSTEM
 from ..exporter.spec import ExportSpec
 
-PATCH_SIZE = 64  # the tower's stride: the client puts (R / 64)^2 image tokens into the prompt
 BICUBIC = 3  # PIL's number for it
 
 CHAT_TEMPLATE = (
@@ -41,7 +41,7 @@ def write_client_files(spec: ExportSpec, chunks: Mapping[str, int], out: Path) -
         "processor_config.json": {
             "processor_class": "LlavaProcessor",
             "image_token": IMAGE_TOKEN,
-            "patch_size": PATCH_SIZE,
+            "patch_size": patch_size(spec),
             "num_additional_image_tokens": 0,
         },
         "tokenizer_config.json": tokenizer_config(spec),
@@ -49,6 +49,15 @@ def write_client_files(spec: ExportSpec, chunks: Mapping[str, int], out: Path) -
     }
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def patch_size(spec: ExportSpec) -> int:
+    """The patch size with which this client counts the right number of image tokens.
+
+    It puts floor(R / patch)^2 of them into the prompt, while the tower gives ceil(R / 64)^2: 64
+    would be wrong for 224 or 336 px. R // side gives side patches for all R from 64 to 4094.
+    """
+    return spec.preprocessing.resolution // math.isqrt(spec.image_tokens)
 
 
 def config(spec: ExportSpec, chunks: Mapping[str, int]) -> dict[str, Any]:
@@ -79,8 +88,10 @@ def config(spec: ExportSpec, chunks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _ends(spec: ExportSpec) -> dict[str, Any]:
-    """End tokens; the client takes a list or one id."""
+    """End tokens, a list or one id. With none the client writes until the limit it is given."""
     ids = spec.eos_token_ids
+    if not ids:
+        return {}
     return {"eos_token_id": list(ids) if len(ids) > 1 else ids[0], "pad_token_id": ids[0]}
 
 
@@ -109,12 +120,12 @@ def preprocessor_config(spec: ExportSpec) -> dict[str, Any]:
 
 def tokenizer_config(spec: ExportSpec) -> dict[str, Any]:
     """`tokenizer_config.json`, the one place where this client looks for the chat template."""
-    end = Inner.from_str(spec.tokenizer.to_json()).id_to_token(spec.eos_token_ids[0])
+    inner = Inner.from_str(spec.tokenizer.to_json())
+    ends = [inner.id_to_token(i) for i in spec.eos_token_ids]
     return {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_bos_token": False,
-        "eos_token": end,
-        "pad_token": end,
+        **({"eos_token": ends[0], "pad_token": ends[0]} if ends else {}),
         "model_max_length": spec.context,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
