@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from torch import nn
 from torch.export import ExportedProgram
 
-from fastvlm_export.exporter import graphs
+from fastvlm_export.exporter import checkpoint as checkpoints
+from fastvlm_export.exporter import graphs, pipeline
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
@@ -109,10 +110,14 @@ def make_small(folder: Path, *, tied: bool) -> Small:
         eos_token_ids=(end,),
         recipe="fp32",
     )
+    return export(model, spec, folder)
+
+
+def export(model: FastVLM, spec: ExportSpec, folder: Path) -> Small:
     built = graphs.build(
         reparameterize(model).model,
-        resolution=RESOLUTION,
-        context=CONTEXT,
+        resolution=spec.preprocessing.resolution,
+        context=spec.context,
         image_token_id=spec.image_token_id,
     )
     programs = {name: graphs.export_program(graph) for name, graph in built.items()}
@@ -132,3 +137,11 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Small:
         patch.setattr(onnx_files, "INLINE_LIMIT", 10_000)
         patch.setattr(onnx_files, "CHUNK_LIMIT", 200_000)
         return make_small(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """The trained model that comes with the package."""
+    checkpoint = checkpoints.bundled()
+    spec = pipeline.contract(checkpoint, "fp32", None, None)
+    return export(checkpoint.model(), spec, tmp_path_factory.mktemp("bundled"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvlm_export.exporter.preprocess import preprocess
+from fastvlm_export.exporter.preprocess import preprocess, read_image
 from fastvlm_export.exporter.prompt import prompt_ids, qwen_2_prompt
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
 
 CLIENT = Path(__file__).parent / "transformers_js"
-QUESTION = "What's in it, 42?"
+QUESTION = "Read the number."
 NEW_TOKENS = 24
 
 
@@ -49,20 +50,9 @@ def run_client(node: str, folder: Path, images: list[Path]) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("which", ["small", "tied"])
-def test_greedy_tokens_are_pytorchs(
-    which: str, node: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    exported = request.getfixturevalue(which)
+def check_client(node: str, exported: Any, images: list[Path]) -> list[list[int]]:
+    """The client's prompt, pixels and greedy tokens are PyTorch's; returns the tokens."""
     spec = exported.spec
-    size = spec.preprocessing.resolution
-    images = []
-    for seed in range(3):
-        values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        # At the model's own size: the client's bicubic is not PIL's, so only then are pixels equal.
-        image = Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST)
-        images.append(tmp_path / f"{seed}.png")
-        image.save(images[-1])
     outcome = run_client(node, exported.folder, images)
     assert outcome["prompt"] == qwen_2_prompt(QUESTION)
 
@@ -70,7 +60,7 @@ def test_greedy_tokens_are_pytorchs(
     expected_ids = prompt_ids(spec.tokenizer, QUESTION, spec.image_token_id, spec.image_tokens)
     generated = []
     for path, answer in zip(images, outcome["answers"], strict=True):
-        pixels = preprocess(Image.open(path), spec.preprocessing)
+        pixels = preprocess(read_image(path), spec.preprocessing)
         worst = np.abs(np.array(answer["pixels"]).reshape(pixels.shape) - pixels).max()
         assert worst < 1e-6
         assert answer["input_ids"] == expected_ids
@@ -83,5 +73,32 @@ def test_greedy_tokens_are_pytorchs(
         generated.append(expected)
         # This client leaves the end token in.
         assert [i for i in answer["new_ids"] if i not in spec.eos_token_ids] == expected
+    return generated
+
+
+@pytest.mark.parametrize("which", ["small", "tied"])
+def test_greedy_tokens_are_pytorchs(
+    which: str, node: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    exported = request.getfixturevalue(which)
+    size = exported.spec.preprocessing.resolution
+    images = []
+    for seed in range(3):
+        values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        # At the model's own size: the client's bicubic is not PIL's, so only then are pixels equal.
+        image = Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST)
+        images.append(tmp_path / f"{seed}.png")
+        image.save(images[-1])
+    generated = check_client(node, exported, images)
     assert len({tuple(tokens) for tokens in generated}) == len(images), "the image must matter"
     assert max(len(set(tokens)) for tokens in generated) > 4, "a constant answer proves nothing"
+
+
+def test_the_bundled_model_reads_numbers_in_the_client(node: str, bundled) -> None:
+    """Through the client, the trained model reads the digits of the images in the package."""
+    folder = Path(str(resources.files("fastvlm_export.exporter"))) / "assets" / "images"
+    images = sorted(folder.glob("*.png"))
+    assert images
+    read = [bundled.spec.tokenizer.decode(t) for t in check_client(node, bundled, images)]
+    # The files are named after what is on them: "green-425.png".
+    assert read == [path.stem.split("-")[1] for path in images]
