@@ -166,6 +166,11 @@ def open_bundle(path: Path, progress: Callable[[str], None] = lambda _: None) ->
     return Bundle(path=path, manifest=manifest)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether an export wrote this folder: a bundle, or several side by side."""
+    return (folder / MANIFEST).is_file() or any(folder.glob(f"*/{MANIFEST}"))
+
+
 def check_out(out: Path, *, force: bool) -> None:
     """Refuse an output path that holds something, or that can't be written, before any work."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -177,8 +182,7 @@ def check_out(out: Path, *, force: bool) -> None:
                 "Choose another --out, or replace it with --force.",
             )
         # --force replaces what an export wrote, never a folder of something else.
-        ours = (out / MANIFEST).is_file() or any(out.glob(f"*/{MANIFEST}"))
-        if not ours:
+        if not is_ours(out):
             raise ExportError(
                 f"{out} is not a bundle, and --force replaces bundles only.",
                 "Choose another --out, or remove that folder yourself.",

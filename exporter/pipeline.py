@@ -1,8 +1,8 @@
 """The whole flow: checkpoint -> graphs -> artifact -> proof -> published bundle."""
 
 import dataclasses
+import itertools
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -238,11 +238,10 @@ def _lower(
 
 
 def _failed(out: Path) -> Path:
-    """Where a folder goes whose proof failed; an earlier failed one there is replaced."""
-    final = out.with_name(f"{out.name}.failed")
-    if final.exists():
-        shutil.rmtree(final)
-    return final
+    """Where a folder goes whose proof failed: in the place of an earlier failed one, if any."""
+    names = (f"{out.name}.failed{f'-{n}' if n else ''}" for n in itertools.count())
+    places = map(out.with_name, names)
+    return next(place for place in places if not place.exists() or bundles.is_ours(place))
 
 
 def _report(

@@ -13,8 +13,6 @@ from onnxscript import rewriter
 
 from .onnx_attention import MICROSOFT
 
-EPS_OF_CHANNEL_NORM = 1e-5
-
 
 def rewrite(model: ir.Model) -> None:
     """Apply every rule in place."""
