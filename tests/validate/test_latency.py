@@ -51,7 +51,9 @@ def open_bundle(bundle):
     return Session()
 
 available = Availability(lower=True, run=True, versions={{"toy": "1.0"}})
-targets.get = lambda name: types.SimpleNamespace(open=open_bundle, availability=lambda: available)
+targets.get = lambda name: types.SimpleNamespace(
+    open=open_bundle, availability=lambda: available, RUNTIME_PACKAGES=()
+)
 latency_worker.main()
 """
 
