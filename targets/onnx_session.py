@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ class OnnxSession:
 
     def __init__(self, paths: Mapping[str, Path], context: int) -> None:
         self.context = context
-        self.vision = load_graph(paths["vision"])
-        self.embedding = load_graph(paths["embedding"], intra_op_threads=1)  # one gather
-        self.decoder = load_graph(paths["decoder"])
+        # Side by side: ONNX Runtime loads and packs the weights of one graph on one thread.
+        with ThreadPoolExecutor() as pool:
+            vision = pool.submit(load_graph, paths["vision"])
+            decoder = pool.submit(load_graph, paths["decoder"])
+            # A gather has nothing to share out.
+            self.embedding = load_graph(paths["embedding"], intra_op_threads=1)
+            self.vision, self.decoder = vision.result(), decoder.result()
         self.past = 0
         self._mask = np.ones((1, context), dtype=np.int64)
         self._binding = self.decoder.io_binding()

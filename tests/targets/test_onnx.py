@@ -156,7 +156,7 @@ def test_logits_are_pytorchs_with_external_data_and_a_tied_head(tied) -> None:
 
 def test_a_missing_file_is_one_clear_error(small, tmp_path) -> None:
     bundle = SimpleNamespace(path=Path(tmp_path), manifest=SimpleNamespace(context=8))
-    with pytest.raises(ExportError, match=r"vision_encoder\.onnx cannot be loaded"):
+    with pytest.raises(ExportError, match=r"embed_tokens\.onnx cannot be loaded"):
         onnx.open(bundle)
 
 
