@@ -79,6 +79,11 @@ def square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
     """RGB image -> pixels [1,3,R,R], float32."""
-    values = np.asarray(square(image, preprocessing), dtype=np.float64) * (1 / 255)
-    values = (values - np.array(preprocessing.mean)) / np.array(preprocessing.std)
-    return np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32)
+    levels = np.arange(256, dtype=np.float64) * (1 / 255)
+    image_values = np.asarray(square(image, preprocessing))  # [R,R,3] uint8
+    pixels = np.empty((1, 3, preprocessing.resolution, preprocessing.resolution), np.float32)
+    for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
+        # A pixel has 256 values: look the result up, rather than compute on float64 images.
+        table = ((levels - mean) / std).astype(np.float32)
+        np.take(table, image_values[..., channel], out=pixels[0, channel], mode="clip")
+    return pixels
