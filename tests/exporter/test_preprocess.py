@@ -13,6 +13,8 @@ from fastvlm_export.exporter.preprocess import (
     square,
 )
 
+from .. import oracles
+
 
 def photograph(width: int, height: int) -> Image.Image:
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -22,7 +24,7 @@ def photograph(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (100, 100), (33, 500), (64, 64)])
 @pytest.mark.parametrize("strategy", list(Strategy))
 def test_to_the_pixel_as_llava_and_clip_do(size: tuple[int, int], strategy: Strategy) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = oracles.libraries()
     image = photograph(*size)
     resolution = 64
     ours = preprocess(image, Preprocessing(strategy=strategy, resolution=resolution))
