@@ -3,10 +3,12 @@
     python benchmarks/ttft.py --out out/fastvlm-0.5b     export first (2.5 GB), then time
     python benchmarks/ttft.py --bundle out/fastvlm-0.5b  time what is there
 
-Weights are random: time does not depend on them. The peers run the reparameterized model, on as
-many threads, with a key/value cache; every round times all of them one after the other.
+Weights are random: time does not depend on them. PyTorch runs the tower as checkpoints store it,
+reparameterized, and reparameterized in channels-last, on as many threads, with a key/value cache;
+every round times all of them one after the other.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +16,14 @@ import typer
 from rich.console import Console
 
 from fastvlm_export.exporter.bundle import open_bundle
-from fastvlm_export.exporter.pipeline import ExportRequest, SourceRequest, export
+from fastvlm_export.exporter.pipeline import ExportRequest, export
 from fastvlm_export.exporter.prompt import prompt_ids
 from fastvlm_export.exporter.samples import samples
+from fastvlm_export.exporter.source import SourceRequest, recorded_source
 from fastvlm_export.exporter.tokenizer import read_tokenizer
 from fastvlm_export.validate import latency, terminal
 from fastvlm_export.validate.latency import Backend, Plan, Subject
+from fastvlm_export.validate.proof import pytorch_peer
 
 PRESET, SEED = "fastvlm-0.5b", 0
 QUESTION = "What are these?"
@@ -31,7 +35,7 @@ def main(
     resolution: Annotated[int, typer.Option(help="Image side in pixels, for an export.")] = 1024,
     runs: Annotated[int, typer.Option(help="Rounds after warm-up.")] = 10,
 ) -> None:
-    """Print one table: each part of TTFT for the bundle, PyTorch eager, and channels-last."""
+    """Print one table: each part of TTFT for the bundle and its peers."""
     messages = Console(stderr=True)
     if bundle is None:
         messages.print(f"Exporting {PRESET} with random weights to {out}")
@@ -39,17 +43,11 @@ def main(
         bundle = export(ExportRequest(source=source, out=out, resolution=resolution))[0].path
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    recorded = manifest.source
-    weights = f"random:{recorded.name}:{recorded.seed or 0}"
+    eager = replace(pytorch_peer(opened, recorded_source(manifest)), name="PyTorch eager")
     peers = [
-        Subject(
-            name=f"PyTorch eager{', channels-last' if channels_last else ''}",
-            backend=Backend.PYTORCH,
-            bundle=bundle,
-            checkpoint=weights if recorded.seed is not None else recorded.name,
-            channels_last=channels_last,
-        )
-        for channels_last in (False, True)
+        replace(eager, name="PyTorch as stored", folded=False),
+        eager,
+        replace(eager, name="PyTorch channels-last", channels_last=True),
     ]
     ours = Subject(name=manifest.target, backend=Backend.BUNDLE, bundle=bundle)
     tokens = prompt_ids(

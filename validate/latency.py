@@ -53,8 +53,8 @@ class Subject:
     """One thing to time. `bundle` is the contract (preprocessing, context) for either backend.
 
     `checkpoint` is where PyTorch's weights come from: a folder, `bundled`, or `random:NAME:SEED`.
-    The PyTorch model is reparameterized, runs in float32 under inference_mode with a key/value
-    cache, and computes the last position's logits only: the same work as the bundle does.
+    The PyTorch model is reparameterized unless not `folded`, runs in float32 under inference_mode
+    with a key/value cache, and computes the last position's logits only: the bundle's own work.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Subject:
     bundle: Path
     checkpoint: str = ""
     channels_last: bool = False
+    folded: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +281,7 @@ def _job(
         "bundle": str(subject.bundle.absolute()),
         "checkpoint": subject.checkpoint,
         "channels_last": subject.channels_last,
+        "folded": subject.folded,
         "image": str(image.absolute()),
         "prompt_ids": [int(token) for token in prompt_ids],
         "tokens": plan.tokens,

@@ -137,6 +137,7 @@ class Worker:
         torch.set_num_threads(self.job["threads"])
         name: str = self.job["checkpoint"]
         channels_last: bool = self.job["channels_last"]
+        folded: bool = self.job["folded"]
         context = self.bundle.manifest.context
 
         def load() -> Callable[[], Session]:
@@ -147,12 +148,15 @@ class Worker:
                 found = checkpoints.bundled() if name == "bundled" else checkpoints.load(Path(name))
                 model = found.model()
             return lambda: EagerSession(
-                reparameterize(model).model, context, channels_last=channels_last
+                reparameterize(model).model if folded else model,
+                context,
+                channels_last=channels_last,
             )
 
         layout = "channels-last" if channels_last else "contiguous"
+        form = "reparameterized" if folded else "not reparameterized"
         setting = (
-            f"torch {torch.__version__} eager, float32, reparameterized, {layout}, inference_mode, "
+            f"torch {torch.__version__} eager, float32, {form}, {layout}, inference_mode, "
             f"key/value cache, {torch.get_num_threads()} threads"
         )
         return load, setting
