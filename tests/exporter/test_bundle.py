@@ -142,8 +142,9 @@ def test_a_failed_run_leaves_the_old_bundle(tmp_path: Path) -> None:
 
 
 REPUBLISH = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from fastvlm_export.exporter.bundle import publish, staging
 out = Path(sys.argv[1])
 print("ready", flush=True)

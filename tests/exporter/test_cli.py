@@ -46,7 +46,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def command(*arguments: object) -> list[str]:
-    program = "from fastvlm_export.exporter.cli import main; main()"
+    # A test run in the background has interrupts ignored, and so have its children.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from fastvlm_export.exporter.cli import main; main()"
+    )
     return [sys.executable, "-c", program, *map(str, arguments)]
 
 
