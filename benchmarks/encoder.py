@@ -33,8 +33,8 @@ from fastvlm_export.exporter.graphs import Graph
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.targets import onnx_files, onnx_lowering
-from fastvlm_export.targets.base import Array
-from fastvlm_export.targets.onnx_session import load_graph, threads
+from fastvlm_export.targets.base import Array, available_cores
+from fastvlm_export.targets.onnx_session import load_graph
 from fastvlm_export.validate.machine import describe
 
 PRESET = "fastvlm-0.5b"
@@ -82,7 +82,7 @@ def subjects(model: FastVLM, graph: Graph, pixels: Array, folder: Path) -> dict[
         "CPU",
         {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads(),
+            "INFERENCE_NUM_THREADS": available_cores(),
             "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
         },
     )
@@ -166,10 +166,12 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds after warm-up.")] = 7,
 ) -> None:
     """Print one table for each size."""
-    torch.set_num_threads(threads())
+    torch.set_num_threads(available_cores())
     console = Console(width=100)
     machine = describe()
-    console.print(f"{machine.cpu}, {threads()} threads, load {machine.load:.1f} before the start")
+    console.print(
+        f"{machine.cpu}, {available_cores()} threads, load {machine.load:.1f} before the start"
+    )
     model = encoder()
     with tempfile.TemporaryDirectory() as folder:
         for each in size or [256, 512, 1024]:

@@ -1,11 +1,13 @@
 """What every target provides, and the one interface that every artifact opens as."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from ..exporter.errors import ExportError
@@ -88,6 +90,14 @@ class Target(Protocol):
     def open(self, bundle: "Bundle") -> Session:
         """Load the artifact for running. Raises ExportError where it can't be."""
         ...
+
+
+def available_cores() -> int:
+    """Physical cores that this process may use: hyperthreads share the units that matrices need."""
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return min(physical, len(os.sched_getaffinity(0)))
+    return physical
 
 
 def check_context(past: int, new: int, context: int) -> None:

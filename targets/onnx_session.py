@@ -1,6 +1,5 @@
 """The ONNX bundle in ONNX Runtime on the CPU: no copy of the cache, no allocation per token."""
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,16 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import psutil
 
 from ..exporter.errors import ExportError
-from .base import Array, TokenIds, check_context
-
-
-def threads() -> int:
-    """Physical cores that this process may use: hyperthreads share the units that matrices need."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
+from .base import Array, TokenIds, available_cores, check_context
 
 
 class OnnxSession:
@@ -83,7 +75,7 @@ def load_graph(path: Path, *, intra_op_threads: int | None = None) -> ort.Infere
     """A graph on the CPU, every optimization on. Raises ExportError when it can't be loaded."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = intra_op_threads or threads()
+    options.intra_op_num_threads = intra_op_threads or available_cores()
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

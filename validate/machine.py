@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from ..targets.base import available_cores
+
 PACKAGES = ("torch", "onnxruntime", "onnx", "onnxscript", "numpy", "pillow", "tokenizers")
 
 
@@ -46,14 +48,6 @@ def describe() -> Machine:
         packages={name: found for name in PACKAGES if (found := _version(name))},
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )
-
-
-def available_cores() -> int:
-    """Physical cores, or fewer where the process may not use them all."""
-    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return min(physical, len(os.sched_getaffinity(0)))
-    return physical
 
 
 def peak_memory() -> int:
