@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn import functional as F
 
 from .config import DecoderConfig
 from .model.decoder import CacheInputsDecoder
@@ -45,13 +44,16 @@ class _Vision(nn.Module):
 class _Embedding(nn.Module):
     def __init__(self, model: FastVLM, image_token_id: int) -> None:
         super().__init__()
-        table = model.decoder.embed_tokens.weight
-        # Clients look the image token up before they overwrite its rows, so it needs one.
-        missing = image_token_id + 1 - len(table)
-        self.weight = nn.Parameter(F.pad(table, (0, 0, 0, missing))) if missing > 0 else table
+        self.embed_tokens = model.decoder.embed_tokens
+        # Clients look the image token up before they overwrite its rows, so any row serves it.
+        rows = model.config.decoder.vocab_size
+        self.last_row = rows - 1 if image_token_id >= rows else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return F.embedding(input_ids, self.weight)
+        if self.last_row is not None:
+            input_ids = input_ids.clamp(max=self.last_row)
+        out: Tensor = self.embed_tokens(input_ids)
+        return out
 
 
 def cache_names(config: DecoderConfig, prefix: str) -> tuple[str, ...]:

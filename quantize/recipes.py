@@ -1,47 +1,222 @@
 """Recipes: how each part's numbers are stored and computed, as data."""
 
+import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any
 
 from ..exporter.errors import ExportError
 
+HEAD = "decoder.lm_head"
+"""The head's layer name, also where its weights are the embedding table's."""
 
-class Precision(StrEnum):
-    """A number format for weights and arithmetic."""
+EMBEDDING = "decoder.embed_tokens"
+
+
+class Float(StrEnum):
+    """The float format of everything that is not an integer."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class Part(StrEnum):
+    """The kinds of layers that a recipe speaks about."""
+
+    VISION = "vision"
+    EMBEDDING = "embedding"
+    DECODER = "decoder"
+    HEAD = "head"
+
+
+class Method(StrEnum):
+    """How integers are chosen for float weights."""
+
+    RTN = "rtn"
+    HQQ = "hqq"
+    GPTQ = "gptq"
+
+
+class Activations(StrEnum):
+    """What enters a quantized layer's product."""
+
+    FLOAT = "float"
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+
+class Observer(StrEnum):
+    """How a static activation's range is taken from the calibration images."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How the weights of a layer are stored, and what enters its product.
+
+    `bits` None leaves the layer in the recipe's float format, and nothing else here counts.
+    `group_size` consecutive weights along the input axis share one scale; None: all of an output
+    channel. Symmetric weights are integer * scale, others (integer - zero point) * scale.
+    `static` activations are unsigned, one scale and zero point per tensor, from calibration;
+    `dynamic` ones symmetric, rounded at run time with one scale per token and weight group.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    method: Method = Method.RTN
+    activations: Activations = Activations.FLOAT
+    activation_bits: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """Layers whose name matches the shell pattern, e.g. `decoder.layers.0.mlp.*`."""
+
+    pattern: str
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossLimits:
+    """The most that quantization may cost, against the original in float32.
+
+    `mean_kl` in nats per teacher-forced position; `accuracy_points` of the bundled task's answers,
+    in percentage points.
+    """
+
+    mean_kl: float
+    accuracy_points: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One precision for each part of the model."""
+    """A precision for each part, and rules for single layers: the last that matches counts.
+
+    `percentile` is the share of values, in percent, inside a percentile observer's range.
+    `range_limit` is the magnitude above which an operator stays in float32 under `fp16`.
+    """
 
     name: str
-    vision: Precision
-    embedding: Precision
-    decoder: Precision
-    head: Precision
+    float: Float = Float.FP32
+    vision: Precision = Precision()
+    embedding: Precision = Precision()
+    decoder: Precision = Precision()
+    head: Precision = Precision()
+    layers: tuple[LayerRule, ...] = ()
+    observer: Observer = Observer.MINMAX
+    percentile: float = 99.99
+    range_limit: float = 32752.0
+    limits: LossLimits | None = None
 
+    def precision(self, layer: str) -> Precision:
+        """The precision of a layer by its module name in FastVLM, e.g. `projector.0`."""
+        found: Precision = getattr(self, part_of(layer))
+        for rule in self.layers:
+            if fnmatchcase(layer, rule.pattern):
+                found = rule.precision
+        return found
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Every precision that some layer may have."""
+        parts = (getattr(self, part) for part in Part)
+        return (*parts, *(rule.precision for rule in self.layers))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything but float32 is asked for."""
+        return self.float is not Float.FP32 or any(p.bits for p in self.precisions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the manifest."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Read `to_dict`'s data. Raises KeyError, TypeError or ValueError for anything else."""
+        parts = {part: _precision(values[part]) for part in Part}
+        rules = tuple(
+            LayerRule(pattern=str(rule["pattern"]), precision=_precision(rule["precision"]))
+            for rule in values["layers"]
+        )
+        limits = values["limits"]
+        return cls(
+            **{
+                **values,
+                **parts,
+                "layers": rules,
+                "float": Float(values["float"]),
+                "observer": Observer(values["observer"]),
+                "limits": None if limits is None else LossLimits(**limits),
+            }
+        )
+
+
+def _precision(values: Mapping[str, Any]) -> Precision:
+    typed = {
+        "method": Method(values["method"]),
+        "activations": Activations(values["activations"]),
+    }
+    return Precision(**{**values, **typed})
+
+
+def part_of(layer: str) -> Part:
+    """The part that a layer belongs to, by its module name in FastVLM."""
+    if layer.startswith(("vision_tower.", "projector")):
+        return Part.VISION
+    if layer == EMBEDDING:
+        return Part.EMBEDDING
+    return Part.HEAD if layer == HEAD else Part.DECODER
+
+
+_VISION = Precision(bits=8, activations=Activations.STATIC)
+_TABLE = Precision(bits=8)
+_DYNAMIC = Precision(bits=8, activations=Activations.DYNAMIC)
 
 RECIPES: dict[str, Recipe] = {
-    "fp32": Recipe(
-        name="fp32",
-        vision=Precision.FP32,
-        embedding=Precision.FP32,
-        decoder=Precision.FP32,
-        head=Precision.FP32,
-    ),
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="fp32"),
+        Recipe(
+            name="fp16",
+            float=Float.FP16,
+            limits=LossLimits(mean_kl=1e-3, accuracy_points=0.0),
+        ),
+        Recipe(
+            name="int8",
+            vision=_VISION,
+            embedding=_TABLE,
+            decoder=_DYNAMIC,
+            head=_DYNAMIC,
+            limits=LossLimits(mean_kl=0.05, accuracy_points=1.0),
+        ),
+        Recipe(
+            name="int4",
+            vision=_VISION,
+            embedding=_TABLE,
+            decoder=Precision(bits=4, group_size=32, activations=Activations.DYNAMIC),
+            head=_DYNAMIC,
+            limits=LossLimits(mean_kl=0.5, accuracy_points=2.0),
+        ),
+    )
 }
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name; raises ExportError for one that there is not."""
+    """The built-in recipe of that name; raises ExportError for one that there is not."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         guess = f" Did you mean '{close[0]}'?" if close else ""
         raise ExportError(
             f"There is no recipe named '{name}'.{guess}",
-            f"Use one of: {', '.join(RECIPES)}. `fastvlm-export targets` shows who takes which.",
+            f"Use one of: {', '.join(RECIPES)}, or a TOML file of your own. "
+            "`fastvlm-export targets` shows who takes which.",
         )
     return RECIPES[name]

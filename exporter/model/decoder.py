@@ -116,8 +116,11 @@ class Decoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Norm and head: [B,S,D] -> [B,S,V]."""
-        weight = self.embed_tokens.weight if self.config.tied else self.lm_head.weight
-        return F.linear(self.norm(x), weight)
+        normed = self.norm(x)
+        if hasattr(self, "lm_head"):  # untied, or quantized apart from the embedding
+            out: Tensor = self.lm_head(normed)
+            return out
+        return F.linear(normed, self.embed_tokens.weight)
 
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         cos, sin = (
@@ -148,7 +151,7 @@ class _CachedDecoder(nn.Module):
         self.decoder = decoder
         self.context = context
         cos, sin = rotary_tables(decoder.config, context)
-        dtype = decoder.embed_tokens.weight.dtype
+        dtype = decoder.norm.weight.dtype
         self.register_buffer("cos", cos.to(dtype), persistent=False)
         self.register_buffer("sin", sin.to(dtype), persistent=False)
 
@@ -201,7 +204,7 @@ class CacheBuffersDecoder(_CachedDecoder):
         super().__init__(decoder, context)
         config = decoder.config
         shape = (config.layers, 1, config.kv_heads, context, config.head_dim)
-        dtype = decoder.embed_tokens.weight.dtype
+        dtype = decoder.norm.weight.dtype
         self.register_buffer("key_cache", torch.zeros(shape, dtype=dtype), persistent=False)
         self.register_buffer("value_cache", torch.zeros(shape, dtype=dtype), persistent=False)
 

@@ -1,0 +1,88 @@
+"""`fastvlm::quantized_linear` and `fastvlm::quantized_embedding`: integer weights as one operator.
+
+One node in the ExportedProgram, so that a target packs the very integers and picks its runtime's
+fused kernel. The eager implementations below are the definitions that every target is held to.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FLOAT_ACTIVATIONS, PER_TOKEN = 0, -1
+"""Values of `activation_group` that are not a number of values."""
+
+
+def dequantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """(weight - zero_point) * scale: int8 [N,K], scale and zero point [N,G], G dividing K."""
+    rows, width = weight.shape
+    groups = scale.shape[1]
+    values = weight.reshape(rows, groups, width // groups).to(scale.dtype)
+    if zero_point is not None:
+        values = values - zero_point[:, :, None].to(scale.dtype)
+    return (values * scale[:, :, None]).reshape(rows, width)
+
+
+def round_activations(x: Tensor, activation_group: int) -> Tensor:
+    """Symmetric 8-bit rounding of [...,K], one scale per token (-1) or per so many values; 0: none.
+
+    q = round(x / s) with s = max|x| / 127, half to even.
+    """
+    if activation_group == FLOAT_ACTIVATIONS:
+        return x
+    size = x.shape[-1] if activation_group == PER_TOKEN else activation_group
+    groups = x.unflatten(-1, (-1, size))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = torch.round(groups / torch.where(scale > 0, scale, 1.0))
+    return (rounded * scale).flatten(-2)
+
+
+@torch.library.custom_op("fastvlm::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activation_group: int,
+) -> Tensor:
+    """round_activations(x) @ dequantize(weight)' + bias.
+
+    x [...,K] float; weight [N,K] int8 holding `bits`-bit integers (signed); scale [N,G] float,
+    zero_point [N,G] int8 or None; bias [N] float or None; `activation_group` 0: x as it is,
+    -1: one scale per token, else so many values per scale.
+    """
+    return F.linear(
+        round_activations(x, activation_group), dequantize(weight, scale, zero_point), bias
+    )
+
+
+@quantized_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activation_group: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("fastvlm::quantized_embedding", mutates_args=())
+def quantized_embedding(
+    input_ids: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> Tensor:
+    """Rows of dequantize(weight): ids [B,S] int64, weight [V,D] int8, scale [V,G] -> [B,S,D]."""
+    ids = input_ids.flatten()
+    zeros = None if zero_point is None else zero_point[ids]
+    rows = dequantize(weight[ids], scale[ids], zeros)
+    return rows.unflatten(0, input_ids.shape)
+
+
+@quantized_embedding.register_fake
+def _(
+    input_ids: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> Tensor:
+    return scale.new_empty((*input_ids.shape, weight.shape[1]))
