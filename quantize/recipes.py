@@ -104,7 +104,7 @@ class Recipe:
     """
 
     name: str
-    float: Float = Float.FP32
+    float_format: Float = Float.FP32
     vision: Precision = Precision()
     embedding: Precision = Precision()
     decoder: Precision = Precision()
@@ -132,7 +132,7 @@ class Recipe:
     @property
     def quantized(self) -> bool:
         """Whether anything but float32 is asked for."""
-        return self.float is not Float.FP32 or any(p.bits for p in self.precisions)
+        return self.float_format is not Float.FP32 or any(p.bits for p in self.precisions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the manifest."""
@@ -152,7 +152,7 @@ class Recipe:
                 **values,
                 **parts,
                 "layers": rules,
-                "float": Float(values["float"]),
+                "float_format": Float(values["float_format"]),
                 "observer": Observer(values["observer"]),
                 "limits": None if limits is None else LossLimits(**limits),
             }
@@ -186,7 +186,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="fp32"),
         Recipe(
             name="fp16",
-            float=Float.FP16,
+            float_format=Float.FP16,
             limits=LossLimits(mean_kl=1e-3, accuracy_points=0.0),
         ),
         Recipe(
