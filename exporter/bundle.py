@@ -23,7 +23,7 @@ from typing import Any
 from .errors import ExportError
 from .preprocess import Preprocessing, Strategy
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 REPORT_FOLDER = "report"
 ASIDE = ".old"
@@ -45,12 +45,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything a client or a later `validate` needs to know about a bundle."""
+    """Everything a client or a later `validate` needs to know about a bundle.
+
+    `recipe` is the recipe as data, with its `name`; `quantization` is what applying it found:
+    calibration images with their hashes, operators that stayed in float32.
+    """
 
     schema: int
     source: Source
     target: str
-    recipe: str
+    recipe: Mapping[str, Any]
+    quantization: Mapping[str, Any]
     resolution: int
     context: int
     image_tokens: int
@@ -93,8 +98,9 @@ class Manifest:
             }
             for key in ("resolution", "context", "image_tokens"):
                 _positive(values[key])
-            if not isinstance(values["files"], dict):
-                raise TypeError("files is not a table")
+            for key in ("files", "recipe", "quantization"):
+                if not isinstance(values[key], dict):
+                    raise TypeError(f"{key} is not a table")
             return cls(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ExportError(f"{MANIFEST} is damaged: {error!r}.", VALIDATE_HINT) from error

@@ -38,9 +38,7 @@ def load_source(request: SourceRequest) -> Checkpoint:
     return checkpoints.bundled()
 
 
-def contract(
-    checkpoint: Checkpoint, recipe: str, resolution: int | None, context: int | None
-) -> ExportSpec:
+def contract(checkpoint: Checkpoint, resolution: int | None, context: int | None) -> ExportSpec:
     """What artifacts are built to: the checkpoint's own values, or the user's where given."""
     config = checkpoint.config
     resolution = checkpoint.resolution if resolution is None else resolution
@@ -74,7 +72,6 @@ def contract(
         tokenizer=checkpoint.tokenizer,
         image_token_id=checkpoint.image_token_id,
         eos_token_ids=checkpoint.eos_token_ids,
-        recipe=recipe,
     )
 
 

@@ -24,4 +24,3 @@ class ExportSpec:
     tokenizer: Tokenizer
     image_token_id: int
     eos_token_ids: tuple[int, ...]
-    recipe: str

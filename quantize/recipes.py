@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from ..exporter.errors import ExportError
 
@@ -14,6 +15,8 @@ HEAD = "decoder.lm_head"
 """The head's layer name, also where its weights are the embedding table's."""
 
 EMBEDDING = "decoder.embed_tokens"
+
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 class Float(StrEnum):
@@ -83,6 +86,14 @@ class LayerRule:
     precision: Precision
 
 
+class Setting(NamedTuple):
+    """A precision, the parts whose layers it may be for, and its key in a recipe file."""
+
+    key: str
+    parts: tuple[Part, ...]
+    precision: Precision
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossLimits:
     """The most that quantization may cost, against the original in float32.
@@ -117,17 +128,31 @@ class Recipe:
 
     def precision(self, layer: str) -> Precision:
         """The precision of a layer by its module name in FastVLM, e.g. `projector.0`."""
-        found: Precision = getattr(self, part_of(layer))
+        return self.setting(layer).precision
+
+    def setting(self, layer: str) -> Setting:
+        """The setting that decides about a layer: the last rule that matches, else its part's."""
+        part = part_of(layer)
+        found = Setting(part.value, (part,), getattr(self, part))
         for rule in self.layers:
             if fnmatchcase(layer, rule.pattern):
-                found = rule.precision
+                found = Setting(rule_key(rule.pattern), (part,), rule.precision)
         return found
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Each part's precision, then each rule's."""
+        parts = (Setting(part.value, (part,), getattr(self, part)) for part in Part)
+        rules = (
+            Setting(rule_key(rule.pattern), parts_of(rule.pattern), rule.precision)
+            for rule in self.layers
+        )
+        return (*parts, *rules)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
         """Every precision that some layer may have."""
-        parts = (getattr(self, part) for part in Part)
-        return (*parts, *(rule.precision for rule in self.layers))
+        return tuple(setting.precision for setting in self.settings)
 
     @property
     def quantized(self) -> bool:
@@ -143,19 +168,21 @@ class Recipe:
         """Read `to_dict`'s data. Raises KeyError, TypeError or ValueError for anything else."""
         parts = {part: _precision(values[part]) for part in Part}
         rules = tuple(
-            LayerRule(pattern=str(rule["pattern"]), precision=_precision(rule["precision"]))
+            _typed(LayerRule(pattern=rule["pattern"], precision=_precision(rule["precision"])))
             for rule in values["layers"]
         )
         limits = values["limits"]
-        return cls(
-            **{
-                **values,
-                **parts,
-                "layers": rules,
-                "float_format": Float(values["float_format"]),
-                "observer": Observer(values["observer"]),
-                "limits": None if limits is None else LossLimits(**limits),
-            }
+        return _typed(
+            cls(
+                **{
+                    **values,
+                    **parts,
+                    "layers": rules,
+                    "float_format": Float(values["float_format"]),
+                    "observer": Observer(values["observer"]),
+                    "limits": None if limits is None else _typed(LossLimits(**limits)),
+                }
+            )
         )
 
 
@@ -164,7 +191,24 @@ def _precision(values: Mapping[str, Any]) -> Precision:
         "method": Method(values["method"]),
         "activations": Activations(values["activations"]),
     }
-    return Precision(**{**values, **typed})
+    return _typed(Precision(**{**values, **typed}))
+
+
+T = TypeVar("T", Precision, LayerRule, LossLimits, Recipe)
+
+
+def _typed(instance: T) -> T:
+    """The dataclass itself, where each value has its field's type; else a TypeError."""
+    for name, wanted in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        if name == "layers":
+            continue  # of rules that have been through here
+        if isinstance(value, bool) is not (wanted is bool):
+            raise TypeError(f"{name} is {value!r}, not {wanted}")
+        # JSON may hold a float as a whole number
+        if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
+            raise TypeError(f"{name} is {value!r}, not {wanted}")
+    return instance
 
 
 def part_of(layer: str) -> Part:
@@ -174,6 +218,40 @@ def part_of(layer: str) -> Part:
     if layer == EMBEDDING:
         return Part.EMBEDDING
     return Part.HEAD if layer == HEAD else Part.DECODER
+
+
+def parts_of(pattern: str) -> tuple[Part, ...]:
+    """The parts that hold layers which a pattern could match, judged without a model.
+
+    What comes before the first wildcard decides: `*.fc1` could be in the tower or the decoder.
+    """
+    fixed = _WILDCARD.split(pattern)[0]
+
+    def could_begin(start: str) -> bool:
+        return fixed.startswith(start) or (fixed != pattern and start.startswith(fixed))
+
+    could = {
+        Part.VISION: could_begin("vision_tower.") or could_begin("projector"),
+        Part.EMBEDDING: fnmatchcase(EMBEDDING, pattern),
+        Part.DECODER: could_begin("decoder.layers."),
+        Part.HEAD: fnmatchcase(HEAD, pattern),
+    }
+    return tuple(part for part in Part if could[part])
+
+
+def rule_key(pattern: str) -> str:
+    """How messages name the rule of that pattern in a recipe file."""
+    return f'layers["{pattern}"]'
+
+
+def unused_rules(recipe: Recipe, layers: Iterable[str]) -> list[str]:
+    """A problem for each rule that matches none of a model's layers (`layers`: all their names)."""
+    names = tuple(layers)
+    return [
+        f"{rule_key(rule.pattern)} matches no layer of this model"
+        for rule in recipe.layers
+        if not any(fnmatchcase(name, rule.pattern) for name in names)
+    ]
 
 
 _VISION = Precision(bits=8, activations=Activations.STATIC)
@@ -212,7 +290,7 @@ RECIPES: dict[str, Recipe] = {
 def get(name: str) -> Recipe:
     """The built-in recipe of that name; raises ExportError for one that there is not."""
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
+        close = difflib.get_close_matches(name.lower(), RECIPES, n=1)
         guess = f" Did you mean '{close[0]}'?" if close else ""
         raise ExportError(
             f"There is no recipe named '{name}'.{guess}",
@@ -220,3 +298,14 @@ def get(name: str) -> Recipe:
             "`fastvlm-export targets` shows who takes which.",
         )
     return RECIPES[name]
+
+
+def recorded(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that a manifest holds; raises ExportError where it is damaged."""
+    try:
+        return Recipe.from_dict(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(
+            f"The manifest's recipe is damaged: {error!r}.",
+            "Export the bundle again: fastvlm-export --checkpoint DIR --out DIR --force",
+        ) from error

@@ -12,6 +12,7 @@ from fastvlm_export.exporter import bundle as bundles
 from fastvlm_export.exporter.bundle import Manifest, Source, open_bundle, publish, staging
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
+from fastvlm_export.quantize import recipes
 
 
 def write(folder: Path, content: str = "weights") -> Manifest:
@@ -22,7 +23,8 @@ def write(folder: Path, content: str = "weights") -> Manifest:
         schema=bundles.SCHEMA,
         source=Source(name="x", layout="apple", sha256="00"),
         target="onnx",
-        recipe="fp32",
+        recipe=recipes.get("fp32").to_dict(),
+        quantization={},
         resolution=256,
         context=512,
         image_tokens=16,

@@ -108,7 +108,6 @@ def make_small(folder: Path, *, tied: bool) -> Small:
         tokenizer=tokenizer,
         image_token_id=tokenizer.vocab_size,
         eos_token_ids=(end,),
-        recipe="fp32",
     )
     return export(model, spec, folder)
 
@@ -143,5 +142,5 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Small:
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """The trained model that comes with the package."""
     checkpoint = checkpoints.bundled()
-    spec = pipeline.contract(checkpoint, "fp32", None, None)
+    spec = pipeline.contract(checkpoint, None, None)
     return export(checkpoint.model(), spec, tmp_path_factory.mktemp("bundled"))
