@@ -1,0 +1,307 @@
+"""Static quantization of the vision graph with torchao's PT2E flow, calibrated on images.
+
+What is quantized is what ONNX Runtime and its like compute in integers: dense 1x1 convolutions with
+their input and output, and linear layers with their input. Everything else stays in float.
+
+In the ExportedProgram, static layers read and write (all `quantized_decomposed`):
+- activations: `quantize_per_tensor.default` and `dequantize_per_tensor.default`, uint8 0..255,
+  scale and zero point as numbers. An output that enters another quantized layer is quantized once
+  and has one dequantize for each reader.
+- weights: an int8 constant `<layer>.weight` [O,I,1,1] or [O,I] and `dequantize_per_channel.default`
+  along axis 0 with `<layer>.weight_scale` float32 [O], `<layer>.weight_zero_point` int64 zeros [O].
+- biases of convolutions: an int32 constant `<layer>.bias` [O] and `dequantize_per_channel.default`
+  with `<layer>.bias_scale` = s_x * weight_scale and `<layer>.bias_zero_point` zeros; biases of
+  linear layers are plain float.
+Then the float operator (`aten.conv2d.default`, `aten.linear.default`) itself. A weight-only layer
+has only its weight's `dequantize_per_channel`. No constant is quantized at run time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+
+from ..exporter.errors import ExportError
+from ..exporter.graphs import Graph, export_program
+from .quiet import quiet_import
+from .recipes import Activations, Method, Observer, Precision, Recipe
+
+with quiet_import():
+    from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import (
+        DerivedQuantizationSpec,
+        QuantizationAnnotation,
+        QuantizationSpec,
+        Quantizer,
+    )
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+CONV, LINEAR = torch.ops.aten.conv2d.default, torch.ops.aten.linear.default
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_channel.default
+
+# An int32 sum of products stays below 2^31 with this much left for the bias: the widest layer adds
+# 3072 * 255 * 127 = 1e8.
+LARGEST_BIAS = 2**30
+# Fine enough for 99.99 % of a range whose outliers are 100 times its body.
+BINS = 2**14
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A convolution or linear layer of the graph, to be quantized."""
+
+    name: str
+    node: Node
+    precision: Precision
+
+    @property
+    def inputs(self) -> tuple[Node, Node, Node | None]:
+        """The nodes of its input, weight and bias."""
+        x, weight, *rest = self.node.all_input_nodes
+        return x, weight, rest[0] if rest else None
+
+
+class _PercentileObserver(HistogramObserver):  # type: ignore[misc]
+    """The range that holds `percentile` % of all calibration values, half of the rest either side.
+
+    Exact up to one of the histogram's bins.
+    """
+
+    def __init__(self, percentile: float, **kwargs: Any) -> None:
+        super().__init__(bins=BINS, **kwargs)
+        self.outside = (1 - percentile / 100) / 2
+
+    def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
+        share = torch.cumsum(self.histogram.double(), 0)
+        share /= share[-1].clone()
+        first = int((share <= self.outside).sum())
+        last = int((share < 1 - self.outside).sum())
+        width = (self.max_val - self.min_val) / self.bins
+        return self.min_val + width * first, self.min_val + width * (last + 1)
+
+
+class _VisionQuantizer(Quantizer):  # type: ignore[misc]
+    """Says to torchao what the recipe says about each layer."""
+
+    def __init__(self, layers: Sequence[_Layer], recipe: Recipe) -> None:
+        self.layers = layers
+        observers: dict[Observer, Any] = {
+            Observer.MINMAX: MinMaxObserver,
+            Observer.HISTOGRAM: HistogramObserver,
+            Observer.PERCENTILE: _PercentileObserver.with_args(percentile=recipe.percentile),
+        }
+        self.activation = QuantizationSpec(
+            dtype=torch.uint8,
+            observer_or_fake_quant_ctr=observers[recipe.observer],
+            quant_min=0,
+            quant_max=255,
+            qscheme=torch.per_tensor_affine,
+        )
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Attach to each layer's node what torchao shall insert around it."""
+        for layer in self.layers:
+            static = layer.precision.activations is Activations.STATIC
+            x, weight, bias = layer.inputs
+            conv = layer.node.target is CONV
+            weights = model.get_parameter(str(weight.target)).detach()
+            biases = None
+            specs: dict[Node, Any] = {x: self.activation} if static else {}
+            if static and conv and bias is not None:
+                biases = model.get_parameter(str(bias.target)).detach()
+            edges = [(x, layer.node)] if static else []
+            specs[weight] = _derived(
+                partial(_weight_scale, weights, biases, _largest(layer)), edges, _largest(layer)
+            )
+            if bias is not None and biases is not None:
+                edges = [*edges, (weight, layer.node)]
+                specs[bias] = _derived(_bias_scale, edges, 2**31 - 1, torch.int32)
+            layer.node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+                input_qspec_map=specs,
+                output_qspec=self.activation if static and conv else None,
+                _annotated=True,
+            )
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to check: `annotate` wrote all there is."""
+
+    def prepare_obs_or_fq_callback(self, model: GraphModule, observers: Mapping[Any, Any]) -> None:
+        """Let every observer refuse what is not a number, in the name of its layer."""
+        names = {layer.node: layer.name for layer in self.layers}
+        for place, observer in observers.items():
+            side, node = ("input", place[1]) if isinstance(place, tuple) else ("output", place)
+            observer.register_forward_pre_hook(partial(_refuse_not_finite, names[node], side))
+
+
+def _largest(layer: _Layer) -> int:
+    """The largest integer of a symmetric weight: 127 for 8 bits."""
+    return int(2 ** ((layer.precision.bits or 8) - 1) - 1)
+
+
+def _derived(
+    scales: Callable[[list[Any]], tuple[Tensor, Tensor]],
+    edges: list[tuple[Node, Node]],
+    largest: int,
+    dtype: torch.dtype = torch.int8,
+) -> Any:
+    """Symmetric integers along axis 0, their scales computed once calibration is over."""
+    return DerivedQuantizationSpec(
+        derived_from=edges,
+        derive_qparams_fn=scales,
+        dtype=dtype,
+        quant_min=-largest,
+        quant_max=largest,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _weight_scale(
+    weight: Tensor, bias: Tensor | None, largest: int, observers: list[Any]
+) -> tuple[Tensor, Tensor]:
+    """s_w[c] = max|w[c]| / `largest`, and |b[c]| / (s_x s_w[c]) at most LARGEST_BIAS.
+
+    The second part matters for channels whose weights are next to nothing beside their bias.
+    """
+    scale = weight.abs().flatten(1).amax(1) / largest
+    if bias is not None:
+        input_scale = observers[0].calculate_qparams()[0]
+        scale = torch.maximum(scale, bias.abs() / (input_scale * LARGEST_BIAS))
+    scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
+
+
+def _bias_scale(observers: list[Any]) -> tuple[Tensor, Tensor]:
+    """s_b[c] = s_x s_w[c], so that the bias adds to the integer products as it is."""
+    inputs, weights = observers
+    scale = inputs.calculate_qparams()[0] * weights.calculate_qparams()[0]
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
+
+
+def _refuse_not_finite(layer: str, side: str, _: nn.Module, args: tuple[Tensor]) -> None:
+    # The sum would overflow for large but finite values.
+    low, high = torch.aminmax(args[0])
+    if not (low.isfinite() and high.isfinite()):
+        raise ExportError(
+            f"Calibration finds values that are not finite at the {side} of {layer}.",
+            "Run `fastvlm-export inspect` on the checkpoint: its weights may be damaged.",
+        )
+
+
+def _layers(model: GraphModule, recipe: Recipe) -> list[_Layer]:
+    """The dense 1x1 convolutions and the linear layers that the recipe quantizes."""
+    found = []
+    for node in model.graph.nodes:
+        if node.target not in (CONV, LINEAR):
+            continue
+        name = _layer_name(node)
+        precision = recipe.precision(name)
+        # Squeeze-and-excite convolutions compute one value per channel: no time, much influence.
+        stack = node.meta["nn_module_stack"].values()
+        excite = any(str(kind).endswith("SqueezeExcite") for _, kind in stack)
+        if precision.bits is None or excite:
+            continue
+        if node.target is LINEAR or _is_dense(node):
+            found.append(_Layer(name=name, node=node, precision=precision))
+    _check(found)
+    return found
+
+
+def _layer_name(node: Node) -> str:
+    """The module that a node was traced from, e.g. `vision_tower.network.0.0.convffn.fc1`."""
+    *_, (name, _) = node.meta["nn_module_stack"].values()
+    return str(name)
+
+
+def _is_dense(conv: Node) -> bool:
+    """Whether a convolution is a matrix product over channels: 1x1 and one group."""
+    weight, x = conv.args[1].meta["val"], conv.args[0].meta["val"]
+    return tuple(weight.shape[1:]) == (x.shape[1], 1, 1)
+
+
+def _check(layers: Sequence[_Layer]) -> None:
+    """Raise ExportError for precisions that the vision graph has no operators for."""
+    problems: dict[str, list[str]] = {}
+    for layer in layers:
+        precision = layer.precision
+        for wrong, what in (
+            (precision.group_size is not None, "group_size (one scale per output channel)"),
+            (not precision.symmetric, "symmetric = false"),
+            (precision.method is not Method.RTN, f'method = "{precision.method}" (only "rtn")'),
+            (precision.activations is Activations.DYNAMIC, 'activations = "dynamic"'),
+            (
+                precision.activations is Activations.STATIC and precision.activation_bits != 8,
+                f"activation_bits = {precision.activation_bits} (only 8)",
+            ),
+        ):
+            if wrong:
+                problems.setdefault(what, []).append(layer.name)
+    if problems:
+        lines = [
+            f"{what}: {names[0]}" + (f" and {len(names) - 1} more layers" if names[1:] else "")
+            for what, names in problems.items()
+        ]
+        raise ExportError(
+            "The vision graph cannot be quantized like this:\n  " + "\n  ".join(lines),
+            'Give vision layers per-channel symmetric weights, method = "rtn", and static 8-bit '
+            "or float activations.",
+        )
+
+
+@torch.no_grad()
+def quantize_vision(
+    graph: Graph,
+    recipe: Recipe,
+    batches: Sequence[Tensor],
+    say: Callable[[str], None] = lambda _: None,
+) -> ExportedProgram:
+    """The vision graph with the recipe's integers: pixel_values [B,3,R,R] -> features [B,N,D].
+
+    `batches` are calibration images [1,3,R,R], run one at a time; layers whose activations stay
+    float need none. The graph's module stays as it is.
+    """
+    program = export_program(graph)
+    model = program.module(check_guards=False)
+    if not isinstance(model, GraphModule):
+        raise TypeError("an ExportedProgram's module is a GraphModule")
+    layers = _layers(model, recipe)
+    if not layers:
+        return program
+    prepared = prepare_pt2e(model, _VisionQuantizer(layers, recipe))
+    if any(layer.precision.activations is Activations.STATIC for layer in layers):
+        if not batches:
+            raise ValueError("static activations need calibration images")
+        for index, pixels in enumerate(batches):
+            say(f"image {index + 1} of {len(batches)}")
+            prepared(pixels)
+    converted = convert_pt2e(prepared)
+    _name_constants(converted)
+    shapes = {axis: Dim(name) for axis, name in graph.dynamic["pixel_values"].items()}
+    return torch.export.export(converted, tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
+
+
+def _name_constants(model: GraphModule) -> None:
+    """Store each layer's integers, scales and zero points under its name, in its floats' place."""
+    for node in model.graph.nodes:
+        if node.target not in (CONV, LINEAR):
+            continue
+        name = _layer_name(node)
+        layer = model.get_submodule(name)
+        for kind, dequantized in zip(("weight", "bias"), node.args[1:3], strict=False):
+            if dequantized is None or dequantized.target is not DEQUANTIZE:
+                continue
+            delattr(layer, kind)
+            for suffix, source in zip(
+                ("", "_scale", "_zero_point"), dequantized.args, strict=False
+            ):
+                layer.register_buffer(kind + suffix, getattr(model, source.target))
+                delattr(model, source.target)
+                source.target = f"{name}.{kind}{suffix}"
+    model.recompile()
