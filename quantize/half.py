@@ -1,0 +1,350 @@
+"""fp16 that cannot overflow: operators that leave its range on real inputs stay in float32.
+
+fp16 reaches 65504 and keeps 11 bits down to 6e-5. A float32 run finds the largest magnitude at
+every operator (`ranges.scan`); those beyond a limit compute in float32 and hand their values on in
+float32 as far as the next operator inside the limit, so that no value beyond it is ever stored in
+fp16. What the model itself asks in float32 (RMSNorm's statistics, whose eps of 1e-6 is below fp16's
+normal range) stays there too: the program is traced from a model in fp16.
+"""
+
+import copy
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph as FxGraph
+from torch.fx import Interpreter, Node
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from ..exporter.errors import ExportError
+from ..exporter.graphs import Graph, export_program
+from .ranges import Inputs, OpRange, lifted, scan
+
+LARGEST = torch.finfo(torch.float16).max  # 65504
+ROUNDING = 2.0**-11
+"""The largest relative error of a number in fp16's normal range."""
+
+CACHE = ("past_key_values", "present")
+"""Interface tensors with these prefixes are fp16; every other floating-point one is float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """A program in fp16, the operators that stay in float32, and every operator's range.
+
+    Not in `kept`: what the model itself computes in float32.
+    """
+
+    program: ExportedProgram
+    kept: tuple[OpRange, ...]
+    ranges: tuple[OpRange, ...]
+
+
+def to_half(
+    graph: Graph, batches: Sequence[Inputs], limit: float, say: Callable[[str], None]
+) -> Half:
+    """Trace the graph in fp16, but for operators whose magnitudes on `batches` exceed `limit`.
+
+    pixel_values, image_features, inputs_embeds and logits stay float32, the cache becomes fp16.
+    An operator stays in float32, too, where fp16 would cost its weights more than rounding.
+    `limit` infinity gives the naive conversion. Raises ExportError where float32 itself gives NaN
+    or infinity, and where the cache would leave fp16's range.
+    """
+    wide = export_program(graph)
+    ranges = scan(wide, batches, say)
+    _refuse_broken(graph.name, ranges)
+    _refuse_cache(graph, wide, ranges, limit)
+    program = export_program(_traceable(graph))
+    _check_same(wide, program)
+    widening = _Widening(graph, program, wide, _names_to_keep(wide, ranges, limit))
+    widening.run()
+    return Half(
+        program=_rebuilt(program),
+        kept=tuple(r for r in ranges if r.node in widening.kept),
+        ranges=ranges,
+    )
+
+
+def _refuse_broken(name: str, ranges: Sequence[OpRange]) -> None:
+    broken = [r for r in ranges if not math.isfinite(r.leaving)]
+    if broken:
+        first = broken[0]
+        raise ExportError(
+            f"In float32 {len(broken)} operators of the {name} graph already give NaN or infinity, "
+            f"first {first.op} ({first.node}) in {first.layer or 'the graph itself'}.",
+            "Run `fastvlm-export inspect` on the checkpoint: its weights may be damaged.",
+        )
+
+
+def _refuse_cache(
+    graph: Graph, wide: ExportedProgram, ranges: Sequence[OpRange], limit: float
+) -> None:
+    """The cache is fp16 for every client, so what it cannot hold has nowhere to go."""
+    names = dict(zip(wide.graph_signature.user_outputs, graph.outputs, strict=True))
+    beyond = [
+        f"{names[r.node]} ({r.leaving:.3g})"
+        for r in ranges
+        if names.get(r.node, "").startswith(CACHE) and r.leaving > max(limit, LARGEST)
+    ]
+    if beyond:
+        raise ExportError(
+            f"A cache in fp16 ends at {LARGEST:.0f}, below values of {', '.join(beyond)}.",
+            "Use a recipe whose float_format is fp32.",
+        )
+
+
+def _traceable(graph: Graph) -> Graph:
+    """The graph with an fp16 copy of its module and inputs; float32 weights are not copied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*graph.module.parameters(), *graph.module.buffers()):
+        if tensor.dtype is torch.float32:
+            half = tensor.detach().half()
+            parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(half, requires_grad=False) if parameter else half
+    inputs = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in graph.inputs.items()
+    }
+    return dataclasses.replace(graph, module=copy.deepcopy(graph.module, memo), inputs=inputs)
+
+
+def _check_same(wide: ExportedProgram, half: ExportedProgram) -> None:
+    """Ranges are matched by name, so both traces must be the same."""
+    traces = [[(n.name, str(n.target)) for n in p.graph.nodes] for p in (wide, half)]
+    if traces[0] != traces[1]:
+        raise RuntimeError("the fp16 trace differs from the float32 one")
+
+
+def _names_to_keep(wide: ExportedProgram, ranges: Sequence[OpRange], limit: float) -> set[str]:
+    """Operators beyond the limit, or with weights that fp16 cannot represent."""
+    weights = {
+        spec.arg.name
+        for spec, tensor in zip(wide.graph_signature.input_specs, lifted(wide), strict=False)
+        if math.isfinite(limit) and not _survives(tensor)
+    }
+    beyond = {r.node for r in ranges if not r.within(limit)}
+    names: set[str] = set()
+    for node in wide.graph.nodes:
+        # One of several results is where its producer is.
+        part = node.target is operator.getitem and node.args[0].name in names
+        read = {n.name for n in node.all_input_nodes}
+        if part or node.name in beyond or read & weights:
+            names.add(node.name)
+        if read and read <= weights:
+            weights.add(node.name)  # a view of such weights
+    return names
+
+
+def _survives(weight: Tensor) -> bool:
+    """Whether fp16 costs a weight no more than rounding: |half(w) - w| <= 2^-11 |w| as norms.
+
+    It costs more where most of the weight is below 6e-5 (layer scales folded into it, for one) or
+    some of it beyond 65504.
+    """
+    if weight.dtype is not torch.float32:
+        return True
+    error, size = weight.half().float().sub_(weight).norm(), weight.norm()
+    return bool(error <= ROUNDING * size)
+
+
+class _Widening:
+    """Moves the operators named `names` of an fp16 program to float32, in place."""
+
+    def __init__(
+        self, graph: Graph, program: ExportedProgram, wide: ExportedProgram, names: set[str]
+    ) -> None:
+        self.program = program
+        self.fx: FxGraph = program.graph
+        self.names = names
+        self.kept: set[str] = set()
+        self.casts: dict[tuple[Node, torch.dtype], Node] = {}
+        self.wanted = {n: _dtype(n) for n in self.fx.nodes}
+        self.weights = dict(zip(_lifted_names(program), lifted(wide), strict=True))
+        self.inputs = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))
+        self.outputs = graph.outputs
+        self.first = next(n for n in self.fx.nodes if n.op != "placeholder")
+
+    def run(self) -> None:
+        for node in list(self.fx.nodes):
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                self.fx.erase_node(node)  # about the types as they were traced
+            elif node.op == "placeholder":
+                self._place(node)
+            elif node.op == "output":
+                self._hand_over(node)
+            else:
+                self._connect(node)
+        self.fx.lint()
+        self.program.graph_module.recompile()
+
+    def _place(self, node: Node) -> None:
+        """Inputs by the interface; weights in float32 where every reader is."""
+        if _dtype(node) is not torch.float16:
+            return
+        if node.name in self.inputs:
+            if not self.inputs[node.name].startswith(CACHE):
+                _set_dtype(node, torch.float32)
+        elif node.users and all(user.name in self.names for user in node.users):
+            _set_dtype(node, torch.float32)
+            _store(self.program, node.name, self.weights[node.name])
+
+    def _connect(self, node: Node) -> None:
+        """Give an operator its inputs in the type that it computes in."""
+        if node.name not in self.names:
+            node.args = map_aggregate(node.args, lambda a: self._as(a, self._traced(a)))
+            node.kwargs = map_aggregate(node.kwargs, lambda a: self._as(a, self._traced(a)))
+            return
+        read = any(self._traced(n) is torch.float16 for n in node.all_input_nodes)
+        if read or _dtype(node) is torch.float16:
+            self.kept.add(node.name)
+        node.args = map_aggregate(node.args, self._widened)
+        node.kwargs = map_aggregate(node.kwargs, self._widened)
+        _set_dtype(node, torch.float32)
+
+    def _hand_over(self, node: Node) -> None:
+        values: Any = node.args[0]
+        dtypes = [
+            torch.float16 if name.startswith(CACHE) else torch.float32 for name in self.outputs
+        ]
+        new = tuple(self._as(v, dtype) for v, dtype in zip(values, dtypes, strict=True))
+        node.args = (new,)
+        for spec, value in zip(self.program.graph_signature.output_specs, new, strict=True):
+            if spec.kind is not OutputKind.USER_OUTPUT:
+                raise RuntimeError(f"{spec.target} is changed by the program")
+            spec.arg.name = value.name
+        node.meta["val"] = tuple(v.meta["val"] for v in new)
+
+    def _traced(self, value: Any) -> torch.dtype | None:
+        return self.wanted.get(value) if isinstance(value, Node) else None
+
+    def _widened(self, value: Any) -> Any:
+        if value is torch.float16:
+            return torch.float32
+        return self._as(value, torch.float32)
+
+    def _as(self, value: Any, dtype: torch.dtype | None) -> Any:
+        """The value in that type: itself, or the one cast of it that all its readers share."""
+        found = _dtype(value) if isinstance(value, Node) else None
+        if found is None or dtype is None or found is dtype or not found.is_floating_point:
+            return value
+        if (value, dtype) not in self.casts:
+            after = self.first if value.op == "placeholder" else value.next
+            with self.fx.inserting_before(after):
+                cast = self.fx.call_function(torch.ops.aten._to_copy.default, (value,))
+            cast.kwargs = {"dtype": dtype}
+            cast.meta = {k: v for k, v in value.meta.items() if k != "tensor_meta"}
+            _set_dtype(cast, dtype)
+            self.casts[value, dtype] = cast
+        return self.casts[value, dtype]
+
+
+def _lifted_names(program: ExportedProgram) -> list[str]:
+    return [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is not InputKind.USER_INPUT
+    ]
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _set_dtype(node: Node, dtype: torch.dtype) -> None:
+    """Make the node's floating-point values, as its metadata tells them, of that type."""
+    node.meta["val"] = pytree.tree_map_only(
+        Tensor, lambda v: v.to(dtype) if v.is_floating_point() else v, node.meta["val"]
+    )
+    node.meta.pop("tensor_meta", None)
+
+
+def _store(program: ExportedProgram, placeholder: str, value: Tensor) -> None:
+    """Replace the weight that a placeholder takes."""
+    for spec in program.graph_signature.input_specs:
+        if spec.arg.name == placeholder:
+            kept = program.state_dict if spec.target in program.state_dict else program.constants
+            kept[str(spec.target)] = value
+
+
+def _rebuilt(program: ExportedProgram) -> ExportedProgram:
+    """The same program, checked anew, with example inputs of the types that it now takes."""
+    types = {n.name: _dtype(n) for n in program.graph.nodes if n.op == "placeholder"}
+    args, kwargs = program.example_inputs
+    flat, spec = pytree.tree_flatten(args)
+    examples = [
+        x.to(types[name]) for x, name in zip(flat, program.graph_signature.user_inputs, strict=True)
+    ]
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=(pytree.tree_unflatten(examples, spec), kwargs),
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+class HalfInterpreter(Interpreter):
+    """Runs a program with fp16's meaning in float32: each result is rounded to fp16 if it is fp16.
+
+    Values that fp16 stores are float32 tensors of numbers that fp16 has; beyond 65504 they are
+    infinite. Sums inside an operator are float32, as in the runtimes.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__(program.graph_module)
+        self.weights = [_upcast(x) for x in lifted(program)]
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operator that makes fp16 makes float32 here."""
+        args = map_aggregate(args, _wide_type)
+        return super().call_function(target, args, map_aggregate(kwargs, _wide_type))
+
+    def run_node(self, n: Node) -> Any:
+        """Compute and round."""
+        value = super().run_node(n)
+        if n.op != "call_function" or n.target is operator.getitem:
+            return value
+        return pytree.tree_map(_rounded, value, n.meta["val"])
+
+
+def _wide_type(value: Any) -> Any:
+    return torch.float32 if value is torch.float16 else value
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype is torch.float16 else x
+
+
+def _rounded(x: Any, as_traced: Any) -> Any:
+    half = isinstance(as_traced, Tensor) and as_traced.dtype is torch.float16
+    return x.half().float() if half else x
+
+
+def rounded(program: ExportedProgram) -> Callable[..., tuple[Tensor, ...]]:
+    """A half program as a function of its inputs, fast on the CPU: see `HalfInterpreter`.
+
+    PyTorch's own fp16 convolutions on a CPU take NN times as long. Weights are widened once, here.
+    """
+    interpreter = HalfInterpreter(program)
+    values = {n.name: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
+    types = [values[str(name)].dtype for name in program.graph_signature.user_outputs]
+
+    @torch.inference_mode()
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = interpreter.run(*interpreter.weights, *map(_upcast, inputs))
+        return tuple(x.to(dtype) for x, dtype in zip(outputs, types, strict=True))
+
+    return run
