@@ -37,6 +37,15 @@ def relative(reference: Numbers, candidate: Numbers) -> float:
     return float("inf") if difference > 0 else 0.0
 
 
+def relative_rms(reference: Numbers, candidate: Numbers) -> float:
+    """rms(r - c) / rms(r): the typical difference in parts of the reference's typical value."""
+    wide = _wide(reference)
+    difference, size = np.linalg.norm(wide - _wide(candidate)), np.linalg.norm(wide)
+    if size > 0:
+        return float(difference / size)
+    return float("inf") if difference > 0 else 0.0
+
+
 def psnr(reference: Numbers, candidate: Numbers) -> float:
     """20 log10(max |r| / rmse) in dB; infinite for equal arrays. Higher is better."""
     wide = _wide(reference)

@@ -1,4 +1,4 @@
-"""Stage by stage: does a candidate Session compute what the reference computes?
+"""Stage by stage: does a candidate Session compute what the reference computed?
 
 Every stage after preprocessing is measured twice. *Isolated*: the candidate gets the reference's
 own inputs, so a difference arose in that stage. *End to end*: the candidate lives on what it made
@@ -6,21 +6,18 @@ itself, so differences add up as they do for a user. The first isolated failure,
 pipeline, is the stage that broke.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
 
-from ..targets.base import Array, Session, TokenIds
-from ..targets.generation import splice
+from ..targets.base import Array, Session
 from . import metrics
 from .checks import Check, missing
+from .limits import Limits
 from .parity_types import (
-    LIMITS,
     STAGE_NAMES,
-    Case,
     FreeRun,
-    Limits,
     Measurement,
     ParityResult,
     Scope,
@@ -29,16 +26,13 @@ from .parity_types import (
     Tie,
     summarize,
 )
+from .recording import Case, Progress, Recording, one
 
 __all__ = [
-    "LIMITS",
     "STAGE_NAMES",
-    "Case",
     "FreeRun",
-    "Limits",
     "Measurement",
     "ParityResult",
-    "Progress",
     "Scope",
     "Stage",
     "Summary",
@@ -47,34 +41,30 @@ __all__ = [
     "summarize",
 ]
 
-Progress = Callable[[str], None]
-
 
 def compare(
-    reference: Session,
-    candidate: Session,
+    recordings: Sequence[Recording],
     cases: Sequence[Case],
+    candidate: Session,
     limits: Limits,
-    steps: int = 24,
     progress: Progress | None = None,
 ) -> ParityResult:
-    """Measure every stage of `candidate` against `reference` on each case.
+    """Measure every stage of `candidate` against what was recorded of the reference.
 
-    `steps` is the number of greedy tokens compared, and of teacher-forced positions after the
-    first: the context must hold the prompt and `steps` more. The end token does not stop it, for
-    numbers after it are as comparable as before. An error of the candidate fails its stage; one of
-    the reference is raised.
+    `cases` are the recorded images and prompts once more, as the candidate's own contract makes
+    them. As many greedy tokens are compared as the recordings have steps. An error of the candidate
+    fails its stage.
     """
     say = progress or (lambda _: None)
     measurements: list[Measurement] = []
     ties: list[Tie] = []
     free_runs: list[FreeRun] = []
-    for number, case in enumerate(cases, 1):
+    for number, (recording, case) in enumerate(zip(recordings, cases, strict=True), 1):
 
         def announce(stage: Stage, label: str = f"{case.name}, {number} of {len(cases)}") -> None:
             say(f"{label}: {stage}")
 
-        comparison = _Comparison(reference, candidate, case, limits, steps, announce)
+        comparison = _Comparison(recording, case, candidate, limits, announce)
         measurements += comparison.run()
         ties += comparison.ties
         free_runs += comparison.free_runs
@@ -90,7 +80,7 @@ def compare(
         ties=tuple(ties),
         free_runs=tuple(free_runs),
         limits=limits,
-        steps=steps,
+        steps=min((recording.steps for recording in recordings), default=0),
     )
 
 
@@ -121,83 +111,58 @@ def _flaw(reference: Array, candidate: Output) -> str:
     return metrics.flaw(reference, candidate)
 
 
-def _one(token: int) -> TokenIds:
-    return np.array([[token]], dtype=np.int64)
-
-
 class _Comparison:
-    """One case: runs the reference once, the decoder of the candidate once per scope and freely."""
+    """One case: runs the decoder of the candidate once per scope and once freely."""
 
     def __init__(
         self,
-        reference: Session,
-        candidate: Session,
+        recording: Recording,
         case: Case,
+        candidate: Session,
         limits: Limits,
-        steps: int,
         announce: Callable[[Stage], None],
     ) -> None:
-        self.reference, self.candidate = reference, candidate
-        self.case, self.limits, self.steps, self.announce = case, limits, steps, announce
+        self.recording, self.case, self.candidate = recording, case, candidate
+        self.limits, self.announce = limits, announce
         self.ties: list[Tie] = []
         self.free_runs: list[FreeRun] = []
 
     def run(self) -> Iterator[Measurement]:
-        case, candidate = self.case, self.candidate
+        recording, candidate = self.recording, self.candidate
         self.announce(Stage.PREPROCESS)
         yield self._pixels()
 
         self.announce(Stage.IMAGE_FEATURES)
-        features = np.array(self.reference.encode_image(case.reference_pixels))
-        image = _attempt(candidate.encode_image, case.reference_pixels)
-        yield self._features(Scope.ISOLATED, features, image)
-        if not np.array_equal(case.reference_pixels, case.candidate_pixels):
-            image = _attempt(candidate.encode_image, case.candidate_pixels)
-            yield self._features(Scope.END_TO_END, features, image)
+        image = _attempt(candidate.encode_image, recording.case.pixels)
+        yield self._features(Scope.ISOLATED, image)
+        if not np.array_equal(recording.case.pixels, self.case.pixels):
+            image = _attempt(candidate.encode_image, self.case.pixels)
+            yield self._features(Scope.END_TO_END, image)
 
         self.announce(Stage.EMBEDDINGS)
-        ids: TokenIds = np.asarray(case.prompt_ids, dtype=np.int64)
-        # The image token may lie beyond the embedding table: its rows are overwritten anyway.
-        ids = np.where(ids == case.image_token_id, 0, ids)[None]
-        embeddings = np.array(self.reference.embed(ids))
-        text = _attempt(candidate.embed, ids)
-        yield self._embeddings(embeddings, text)
+        text = _attempt(candidate.embed, recording.case.text_ids)
+        yield self._embeddings(text)
 
         self.announce(Stage.FIRST_TOKEN)
-        prompt = self._splice(embeddings, features)
-        tokens, inputs, logits = self._reference_run(prompt)
+        yield from self._logits(Scope.ISOLATED, self._forced())
         own = self._own_prompt(text, image)
-        yield from self._logits(Scope.ISOLATED, logits, self._forced(inputs))
         self.announce(Stage.TEACHER_FORCED)
-        yield from self._logits(Scope.END_TO_END, logits, self._forced_own(own, tokens))
+        yield from self._logits(Scope.END_TO_END, self._forced_own(own))
         self.announce(Stage.GREEDY)
         free = self._free(own)
         self.free_runs.append(
             FreeRun(
-                case=case.name,
-                reference=tuple(tokens[: self.steps]),
+                case=self.case.name,
+                reference=recording.tokens[: recording.steps],
                 candidate=() if isinstance(free, _Absent) else tuple(free),
             )
         )
-        yield self._greedy(tokens, logits, free)
-
-    def _splice(self, text: Array, image: Array) -> Array:
-        return splice(self.case.prompt_ids, self.case.image_token_id, text, image)
+        yield self._greedy(free)
 
     def _own_prompt(self, text: Output, image: Output) -> Output:
         if isinstance(text, _Absent) or isinstance(image, _Absent):
             return _Absent("an earlier stage gave no output")
-        return _attempt(self._splice, text, image)
-
-    def _reference_run(self, prompt: Array) -> tuple[list[int], list[Array], Array]:
-        """Greedy tokens t0..tN, the inputs (prompt, t0..) and the logits [1+N,V] they lead to."""
-        self.reference.reset()
-        tokens, inputs, rows = [], [prompt], []
-        for _ in range(1 + self.steps):
-            rows.append(np.array(self.reference.decode(inputs[-1]))[0])
-            tokens.append(int(rows[-1].argmax()))
-            inputs.append(np.array(self.reference.embed(_one(tokens[-1]))))
-        return tokens, inputs[: 1 + self.steps], np.stack(rows)
+        return _attempt(self.recording.case.splice, text, image)
 
     def _restart(self) -> _Absent | None:
         try:
@@ -206,38 +171,49 @@ class _Comparison:
             return _Absent(f"reset raised {type(error).__name__}: {error}".splitlines()[0])
         return None
 
-    def _forced(self, inputs: Sequence[Array]) -> list[Output]:
+    def _forced(self) -> list[Output]:
         """The candidate's logits after each of the reference's inputs."""
         if absent := self._restart():
-            return [absent] * len(inputs)
-        return [_attempt(self.candidate.decode, x) for x in inputs]
+            return [absent] * len(self.recording.inputs)
+        return [_attempt(self.candidate.decode, x) for x in self.recording.inputs]
 
-    def _forced_own(self, prompt: Output, tokens: Sequence[int]) -> list[Output]:
+    def _forced_own(self, prompt: Output) -> list[Output]:
         """The same from the candidate's own prompt and embeddings of the reference's tokens."""
         absent = self._restart()
         if isinstance(prompt, _Absent) or absent:
-            return [absent or prompt] * (1 + self.steps)
+            return [absent or prompt] * len(self.recording.inputs)
         out = [_attempt(self.candidate.decode, prompt)]
-        return out + [_attempt(self._step, token) for token in tokens[:-1]]
+        return out + [_attempt(self._step, token) for token in self.recording.tokens[:-1]]
 
     def _step(self, token: int) -> Array:
-        return self.candidate.decode(self.candidate.embed(_one(token)))
+        return self.candidate.decode(self.candidate.embed(one(token)))
 
     def _free(self, prompt: Output) -> list[int] | _Absent:
-        """The candidate's own greedy tokens, at most `steps`."""
+        """The tokens that the candidate chooses; at a tie it goes on with the reference's.
+
+        After any other difference it goes on with its own: from there on the two write other texts.
+        """
         absent = self._restart()
         if isinstance(prompt, _Absent) or absent:
             return absent or _Absent("an earlier stage gave no output")
         tokens: list[int] = []
+        together = True
         logits = _attempt(self.candidate.decode, prompt)
-        while len(tokens) < self.steps:
-            if isinstance(logits, _Absent):
-                return logits
-            if not logits.size or not np.isfinite(logits).all():
-                return _Absent(f"the logits of token {len(tokens)} are not finite")
-            tokens.append(int(logits[0].argmax()))
-            if len(tokens) < self.steps:
-                logits = _attempt(self._step, tokens[-1])
+        for position in range(self.recording.steps):
+            row, expected = self.recording.logits[position], self.recording.tokens[position]
+            flaw = _flaw(row[None], logits)
+            if flaw or isinstance(logits, _Absent):
+                return _Absent(f"token {position}: {flaw}")
+            token = fed = int(logits[0].argmax())
+            if together and token != expected:
+                tie = self._tie(Stage.GREEDY, Scope.END_TO_END, position, row, token)
+                if tie:
+                    self.ties.append(tie)
+                    fed = expected
+                together = tie is not None
+            tokens.append(token)
+            if position + 1 < self.recording.steps:
+                logits = _attempt(self._step, fed)
         return tokens
 
     def _measurement(
@@ -248,45 +224,52 @@ class _Comparison:
         )
 
     def _pixels(self) -> Measurement:
-        theirs, ours = self.case.reference_pixels, self.case.candidate_pixels
+        theirs, ours = self.recording.case, self.case
         name, limit = "max diff (1/255)", self.limits.pixels
-        if flaw := metrics.flaw(theirs, ours):
+        if flaw := metrics.flaw(theirs.pixels, ours.pixels):
             return self._measurement(
                 Stage.PREPROCESS, Scope.ISOLATED, [missing(name, limit, flaw)], {}
             )
-        pairs = zip_longest(self.case.prompt_ids, self.case.candidate_prompt_ids)
+        pairs = zip_longest(theirs.prompt_ids, ours.prompt_ids)
+        levels = metrics.max_abs(theirs.pixels, ours.pixels) * 255
         checks = [
-            Check(name=name, value=metrics.max_abs(theirs, ours) * 255, limit=limit),
+            Check(name=name, value=levels, limit=limit),
             Check(name="prompt tokens differ", value=sum(a != b for a, b in pairs), limit=0),
         ]
-        numbers = {"psnr_db": metrics.psnr(theirs, ours)}
+        numbers = {"psnr_db": metrics.psnr(theirs.pixels, ours.pixels)}
         return self._measurement(Stage.PREPROCESS, Scope.ISOLATED, checks, numbers)
 
-    def _features(self, scope: Scope, theirs: Array, ours: Output) -> Measurement:
-        limits = {"max relative": self.limits.features, "1 - cosine": self.limits.cosine}
+    def _features(self, scope: Scope, ours: Output) -> Measurement:
+        theirs = self.recording.features
+        limits = {
+            "max relative": self.limits.features,
+            "RMS relative": self.limits.features_rms,
+            "1 - cosine": self.limits.cosine,
+        }
         flaw = _flaw(theirs, ours)
         if flaw or isinstance(ours, _Absent):
-            checks = [missing(name, limit, flaw) for name, limit in limits.items()]
-            return self._measurement(Stage.IMAGE_FEATURES, scope, checks, {})
-        values = (metrics.relative(theirs, ours), metrics.cosine_distance(theirs, ours))
-        checks = [
-            Check(name=name, value=value, limit=limit)
-            for (name, limit), value in zip(limits.items(), values, strict=True)
-        ]
+            return self._measurement(Stage.IMAGE_FEATURES, scope, _all_missing(limits, flaw), {})
+        values = (
+            metrics.relative(theirs, ours),
+            metrics.relative_rms(theirs, ours),
+            metrics.cosine_distance(theirs, ours),
+        )
+        checks = _checks(limits, values)
         return self._measurement(Stage.IMAGE_FEATURES, scope, checks, _numbers(theirs, ours))
 
-    def _embeddings(self, theirs: Array, ours: Output) -> Measurement:
-        name, limit = "max relative", self.limits.embeddings
+    def _embeddings(self, ours: Output) -> Measurement:
+        theirs, limits = self.recording.embeddings, {"max relative": self.limits.embeddings}
         flaw = _flaw(theirs, ours)
         if flaw or isinstance(ours, _Absent):
-            checks, numbers = [missing(name, limit, flaw)], {}
+            checks, numbers = _all_missing(limits, flaw), {}
         else:
-            checks = [Check(name=name, value=metrics.relative(theirs, ours), limit=limit)]
+            checks = _checks(limits, [metrics.relative(theirs, ours)])
             numbers = _numbers(theirs, ours)
         return self._measurement(Stage.EMBEDDINGS, Scope.ISOLATED, checks, numbers)
 
-    def _logits(self, scope: Scope, theirs: Array, ours: Sequence[Output]) -> list[Measurement]:
+    def _logits(self, scope: Scope, ours: Sequence[Output]) -> list[Measurement]:
         """Row 0 is the first token's, the others are teacher-forced."""
+        theirs = self.recording.logits
         first = self._rows(Stage.FIRST_TOKEN, scope, theirs[:1], ours[:1], 0)
         return [first, self._rows(Stage.TEACHER_FORCED, scope, theirs[1:], ours[1:], 1)]
 
@@ -295,6 +278,7 @@ class _Comparison:
     ) -> Measurement:
         limits = {
             "max relative": self.limits.logits,
+            "RMS relative": self.limits.logits_rms,
             "worst KL": self.limits.worst_kl,
             "mean KL": self.limits.mean_kl,
             "top-1 differs": 0.0,
@@ -306,27 +290,22 @@ class _Comparison:
                 flaw = f"position {position}: {problem}"
                 break
         if flaw:
-            return self._measurement(
-                stage, scope, [missing(name, limit, flaw) for name, limit in limits.items()], {}
-            )
+            return self._measurement(stage, scope, _all_missing(limits, flaw), {})
         stacked = np.concatenate(rows)
+        pairs = list(zip(theirs, stacked, strict=True))
         kl = metrics.kl(theirs, stacked)
-        wrong = self._disagreements(stage, scope, theirs, stacked, start)
         values = (
-            max(metrics.relative(t, o) for t, o in zip(theirs, stacked, strict=True)),
+            max(metrics.relative(t, o) for t, o in pairs),
+            max(metrics.relative_rms(t, o) for t, o in pairs),
             float(kl.max()),
             float(kl.mean()),
-            float(wrong),
+            float(self._disagreements(stage, scope, theirs, stacked, start)),
         )
-        checks = [
-            Check(name=name, value=value, limit=limit)
-            for (name, limit), value in zip(limits.items(), values, strict=True)
-        ]
         numbers = _numbers(theirs, stacked) | {
             "positions": float(len(stacked)),
             "top1_agreement": float(np.mean(theirs.argmax(-1) == stacked.argmax(-1))),
         }
-        return self._measurement(stage, scope, checks, numbers)
+        return self._measurement(stage, scope, _checks(limits, values), numbers)
 
     def _tie(self, stage: Stage, scope: Scope, position: int, row: Array, token: int) -> Tie | None:
         """A tie where the reference prefers its token to `token` by no more than rounding."""
@@ -359,27 +338,34 @@ class _Comparison:
             wrong += tie is None
         return wrong
 
-    def _greedy(
-        self, theirs: Sequence[int], logits: Array, ours: Sequence[int] | _Absent
-    ) -> Measurement:
+    def _greedy(self, ours: Sequence[int] | _Absent) -> Measurement:
         name = "tokens differ"
         if isinstance(ours, _Absent) or not ours:
             flaw = ours.reason if isinstance(ours, _Absent) else "no token was compared"
             checks = [missing(name, 0.0, flaw)]
             return self._measurement(Stage.GREEDY, Scope.END_TO_END, checks, {})
-        differ = [index for index, token in enumerate(ours) if token != theirs[index]]
-        compared = len(ours)
-        if differ:
-            at = differ[0]
-            tie = self._tie(Stage.GREEDY, Scope.END_TO_END, at, logits[at], ours[at])
-            if tie:
-                self.ties.append(tie)
-                compared, differ = at, []
-        check = Check(name=name, value=float(len(differ)), limit=0.0)
+        theirs = self.recording.tokens[: len(ours)]
+        ties = sum(tie.stage is Stage.GREEDY for tie in self.ties)
+        differ = sum(a != b for a, b in zip(theirs, ours, strict=True)) - ties
+        compared = len(ours) - ties
+        check = Check(name=name, value=float(differ), limit=0.0)
         if not compared:
-            check = missing(name, 0.0, "the first token is a tie: no token was compared")
-        numbers = {"tokens": float(compared), "matching": float(compared - len(differ))}
+            check = missing(name, 0.0, "every token is a tie: none was compared")
+        numbers = {
+            "tokens": float(compared),
+            "matching": float(compared - differ),
+            "ties": float(ties),
+        }
         return self._measurement(Stage.GREEDY, Scope.END_TO_END, [check], numbers)
+
+
+def _checks(limits: Mapping[str, float], values: Sequence[float]) -> list[Check]:
+    pairs = zip(limits.items(), values, strict=True)
+    return [Check(name=name, value=value, limit=limit) for (name, limit), value in pairs]
+
+
+def _all_missing(limits: Mapping[str, float], flaw: str) -> list[Check]:
+    return [missing(name, limit, flaw) for name, limit in limits.items()]
 
 
 def _numbers(theirs: Array, ours: Array) -> dict[str, float]:

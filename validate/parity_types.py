@@ -1,12 +1,12 @@
 """What a parity comparison takes and gives: cases, limits, measurements and the verdict."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from ..targets.base import Array
 from .checks import Check
 from .formats import number
+from .limits import Limits
 
 
 class Stage(StrEnum):
@@ -25,58 +25,6 @@ class Scope(StrEnum):
 
     ISOLATED = "isolated"
     END_TO_END = "end_to_end"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How far a candidate may be from its reference. Each is an upper bound.
-
-    `pixels` is in steps of 1/255; `features`, `embeddings` and `logits` are the worst difference in
-    parts of the reference's peak; `cosine` is 1 - cosine of the worst image token; `worst_kl` and
-    `mean_kl` are in nats. Token disagreements are never allowed, but for ties: see `Tie`.
-    """
-
-    pixels: float
-    features: float
-    cosine: float
-    embeddings: float
-    logits: float
-    worst_kl: float
-    mean_kl: float
-
-
-LIMITS: dict[str, Limits] = {
-    # Both sides compute in float32 and only the order of sums differs (folded convolutions, fused
-    # attention, other matrix kernels). One rounding is 6e-8 of a value; through 30-odd tower
-    # layers and 24 decoder layers it grows to some 1e-6 to 2e-5 of the peak, so 1e-4 leaves room
-    # for depth and none for a mistake. Logits that move by 1e-4 of a peak of 30 shift KL by
-    # at most (3e-3)^2 / 2 = 5e-6. Pixels and the embedding table involve no sums at all: equal.
-    "fp32": Limits(
-        pixels=0.0,
-        features=1e-4,
-        cosine=1e-7,
-        embeddings=0.0,
-        logits=1e-4,
-        worst_kl=1e-5,
-        mean_kl=2e-6,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One image and one prompt.
-
-    Each side preprocesses the image by its own contract: `reference_pixels` and `candidate_pixels`
-    are [1,3,R,R]. `prompt_ids` holds `image_token_id` once per image token.
-    """
-
-    name: str
-    reference_pixels: Array
-    candidate_pixels: Array
-    prompt_ids: Sequence[int]
-    candidate_prompt_ids: Sequence[int]
-    image_token_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +48,8 @@ class Tie:
     """The candidate took another token where the reference's own margin is within rounding.
 
     `margin` is the reference's logit of its own token less that of the candidate's; both may move
-    by the logits limit, so a margin of up to twice that (`noise`) decides nothing. Free-running
-    agreement is counted up to the first tie of a case: what follows answers another text.
+    by the logits limit, so a margin of up to twice that (`noise`) decides nothing. A free-running
+    candidate is then handed the reference's token, so that both go on with the same text.
     """
 
     case: str
@@ -116,7 +64,10 @@ class Tie:
 
 @dataclass(frozen=True, kw_only=True)
 class FreeRun:
-    """Greedy tokens of both sides on one case, `steps` of them; the candidate's may be missing."""
+    """Greedy tokens of both sides on one case, `steps` of them; the candidate's may be missing.
+
+    The candidate's are what it chose itself, at ties too: see `Tie`.
+    """
 
     case: str
     reference: tuple[int, ...]

@@ -1,11 +1,13 @@
 """Everything that is measured of one bundle: parity, accuracy on the bundled task, latency."""
 
+import gc
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import targets
 from ..exporter import checkpoint as checkpoints
-from ..exporter.bundle import Bundle
+from ..exporter.bundle import Bundle, Manifest
 from ..exporter.checkpoint import Checkpoint
 from ..exporter.clock import Clock
 from ..exporter.preprocess import preprocess
@@ -14,56 +16,125 @@ from ..exporter.samples import Sample
 from ..exporter.source import SourceRequest
 from ..exporter.spec import ExportSpec
 from ..exporter.tokenizer import Tokenizer, read_tokenizer
+from ..quantize.recipes import Recipe
 from ..targets.base import Session
 from ..targets.eager import EagerSession
 from . import accuracy, digits, latency, parity
 from .accuracy import AccuracyReport
 from .checks import Check
+from .digits import Question
 from .latency import Backend, LatencyResult, Plan, Subject
-from .parity import Case, ParityResult
+from .limits import limits_for
+from .loss import Answers, QuantizationLoss, measure_loss
+from .parity import ParityResult
+from .recording import Case, Recording, record
 
 QUESTIONS = 300
 STEPS = 24
+FLOAT32 = Recipe(name="fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The checkpoint as it was stored, and the contract that the bundle was to be built to."""
+    """The checkpoint as it was stored, the contract that bundles are built to, and the recipe.
+
+    `quantized` opens the recipe's eager model, which is then what artifacts are held to; it is None
+    for a recipe that leaves everything in float32.
+    """
 
     checkpoint: Checkpoint
     spec: ExportSpec
+    recipe: Recipe = FLOAT32
+    quantized: Callable[[], Session] | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe.quantized != (self.quantized is not None):
+            raise ValueError(f"recipe '{self.recipe.name}' and its quantized model do not fit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What the reference does, once for all targets; its models are not kept.
+
+    `recordings` and `answers` are the quantized model's where there is one, else the checkpoint's
+    as it was stored; then there is no `loss`. Only the bundled model is asked for answers.
+    """
+
+    reference: Reference
+    recordings: tuple[Recording, ...]
+    answers: AccuracyReport | None
+    loss: QuantizationLoss | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Exact answers on the bundled task: the reference's, and the bundle's."""
+    """Exact answers on the bundled task: the bundle's, its reference's, and the original's.
 
-    reference: AccuracyReport
+    Where nothing is quantized the reference is the original, and `original` None. `limit` is the
+    share of the questions that the bundle may answer otherwise than its reference.
+    """
+
     candidate: AccuracyReport
+    reference: AccuracyReport
+    original: AccuracyReport | None = None
+    limit: float = 0.0
 
     @property
     def check(self) -> Check:
-        """Questions that the bundle answers otherwise than PyTorch does."""
+        """Questions that the bundle answers otherwise than its reference does."""
         same = self.candidate.agreement(self.reference)
-        return Check(name="answers that differ", value=same.total - same.right, limit=0)
+        differ = same.total - same.right if same.total else math.nan
+        return Check(name="answers that differ", value=differ, limit=self.limit * same.total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was found. `accuracy` is None but for the bundled model, `latency` where not asked."""
+    """What was found. `accuracy` is None but for the bundled model, `latency` where not asked.
+
+    `quantization` is None where nothing is quantized.
+    """
 
     parity: ParityResult
     accuracy: Accuracy | None
     latency: LatencyResult | None
+    quantization: QuantizationLoss | None
 
-    @property
-    def passed(self) -> bool:
-        """Whether every gate held."""
-        return self.parity.passed and (self.accuracy is None or self.accuracy.check.passed)
+
+def examine(reference: Reference, images: Sequence[Sample], clock: Clock) -> Baseline:
+    """Run the raw checkpoint in float32, unreparameterized, then its quantized model if any.
+
+    One model is in memory at a time. Loading, folding, quantization and export all lie between the
+    first and an artifact.
+    """
+    spec = reference.spec
+    cases = [_case(sample, spec, spec.tokenizer) for sample in images]
+    questions = digits.evaluation_set(QUESTIONS) if is_bundled_model(reference.checkpoint) else []
+
+    def observe(session: Session, side: str) -> tuple[tuple[Recording, ...], AccuracyReport | None]:
+        recordings = record(session, cases, STEPS, clock.detail)
+        if not questions:
+            return recordings, None
+        return recordings, _ask(session, questions, spec, spec.tokenizer, side, clock.detail)
+
+    clock.stage("Run the checkpoint in PyTorch")
+    session: Session = EagerSession(reference.checkpoint.model(), spec.context)
+    recordings, original = observe(session, "PyTorch")
+    answers, loss = original, None
+    if reference.quantized:
+        del session
+        gc.collect()  # graph modules refer to themselves
+        clock.stage("Run the quantized model in PyTorch")
+        session = reference.quantized()
+        limits = reference.recipe.limits
+        loss = measure_loss(recordings, session, limits, clock.detail)
+        recordings, answers = observe(session, "PyTorch, quantized")
+        if original and answers:
+            loss = replace(loss, answers=Answers(original=original, quantized=answers))
+    return Baseline(reference=reference, recordings=recordings, answers=answers, loss=loss)
 
 
 def prove(
-    reference: Reference,
+    reference: Reference | Baseline,
     bundle: Bundle,
     *,
     images: Sequence[Sample],
@@ -71,30 +142,43 @@ def prove(
     peer: Subject | None,
     clock: Clock,
 ) -> Proof:
-    """Hold a bundle against the raw checkpoint in float32, unreparameterized, stage by stage.
+    """Hold a bundle against its reference, stage by stage.
 
-    Loading, folding and export all lie between the two. Each side uses its own contract: the
-    checkpoint's, and what the bundle's manifest and tokenizer say. With a `plan` the bundle is
-    timed, beside `peer` where there is one.
+    Each side uses its own contract: the checkpoint's, and what the bundle's manifest and tokenizer
+    say. `images` are those of the baseline. With a `plan` the bundle is timed, beside `peer` where
+    there is one.
     """
+    baseline = reference
+    if isinstance(baseline, Reference):
+        baseline = examine(baseline, images, clock)
+    gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
     clock.stage("Open the bundle")
     candidate = targets.get(bundle.manifest.target).open(bundle)
-    session = EagerSession(reference.checkpoint.model(), reference.spec.context)
     tokenizer = read_tokenizer(bundle.path)
     clock.stage("Check parity with PyTorch")
-    cases = [_case(sample, reference.spec, bundle, tokenizer) for sample in images]
-    limits = parity.LIMITS[bundle.manifest.recipe]
-    compared = parity.compare(session, candidate, cases, limits, STEPS, clock.detail)
+    cases = [_case(sample, bundle.manifest, tokenizer) for sample in images]
+    limits = limits_for(baseline.reference.recipe)
+    compared = parity.compare(baseline.recordings, cases, candidate, limits, clock.detail)
     answers = None
-    if is_bundled_model(reference.checkpoint):
+    if baseline.answers:
         clock.stage("Answer the bundled task")
-        answers = _accuracy(session, candidate, reference.spec, bundle, tokenizer, clock.detail)
-    del session, candidate  # what is timed next needs the memory
+        questions = digits.evaluation_set(QUESTIONS)
+        manifest = bundle.manifest
+        before = baseline.loss.answers if baseline.loss else None
+        answers = Accuracy(
+            candidate=_ask(
+                candidate, questions, manifest, tokenizer, manifest.target, clock.detail
+            ),
+            reference=baseline.answers,
+            original=before.original if before else None,
+            limit=limits.answers,
+        )
+    del candidate  # what is timed next needs the memory
     timed = None
     if plan:
         clock.stage("Measure latency")
         timed = time_bundle(bundle, images[0], plan, clock.detail, peer)
-    return Proof(parity=compared, accuracy=answers, latency=timed)
+    return Proof(parity=compared, accuracy=answers, latency=timed, quantization=baseline.loss)
 
 
 def is_bundled_model(checkpoint: Checkpoint) -> bool:
@@ -131,55 +215,33 @@ def time_bundle(
     return latency.measure(subjects, sample.path or sample.image, ids, plan, say)
 
 
-def _case(sample: Sample, spec: ExportSpec, bundle: Bundle, tokenizer: Tokenizer) -> Case:
-    manifest = bundle.manifest
+def _case(sample: Sample, contract: ExportSpec | Manifest, tokenizer: Tokenizer) -> Case:
+    """The sample as one side's contract makes it."""
     return Case(
         name=sample.name,
-        reference_pixels=preprocess(sample.image, spec.preprocessing),
-        candidate_pixels=preprocess(sample.image, manifest.preprocessing),
+        pixels=preprocess(sample.image, contract.preprocessing),
         prompt_ids=prompt_ids(
-            spec.tokenizer, sample.question, spec.image_token_id, spec.image_tokens
+            tokenizer, sample.question, contract.image_token_id, contract.image_tokens
         ),
-        candidate_prompt_ids=prompt_ids(
-            tokenizer, sample.question, manifest.image_token_id, manifest.image_tokens
-        ),
-        image_token_id=spec.image_token_id,
+        image_token_id=contract.image_token_id,
     )
 
 
-def _accuracy(
-    reference: Session,
-    candidate: Session,
-    spec: ExportSpec,
-    bundle: Bundle,
+def _ask(
+    session: Session,
+    questions: Sequence[Question],
+    contract: ExportSpec | Manifest,
     tokenizer: Tokenizer,
+    side: str,
     say: Callable[[str], None],
-) -> Accuracy:
-    questions = digits.evaluation_set(QUESTIONS)
-    manifest = bundle.manifest
-
-    def progress(side: str) -> Callable[[int, int], None]:
-        return lambda done, total: say(f"{side}, {done} of {total}")
-
-    return Accuracy(
-        reference=accuracy.evaluate(
-            reference,
-            questions,
-            tokenizer=spec.tokenizer,
-            preprocessing=spec.preprocessing,
-            image_token_id=spec.image_token_id,
-            image_tokens=spec.image_tokens,
-            eos_token_ids=spec.eos_token_ids,
-            progress=progress("PyTorch"),
-        ),
-        candidate=accuracy.evaluate(
-            candidate,
-            questions,
-            tokenizer=tokenizer,
-            preprocessing=manifest.preprocessing,
-            image_token_id=manifest.image_token_id,
-            image_tokens=manifest.image_tokens,
-            eos_token_ids=manifest.eos_token_ids,
-            progress=progress(manifest.target),
-        ),
+) -> AccuracyReport:
+    return accuracy.evaluate(
+        session,
+        questions,
+        tokenizer=tokenizer,
+        preprocessing=contract.preprocessing,
+        image_token_id=contract.image_token_id,
+        image_tokens=contract.image_tokens,
+        eos_token_ids=contract.eos_token_ids,
+        progress=lambda done, total: say(f"{side}, {done} of {total}"),
     )

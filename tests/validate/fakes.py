@@ -1,6 +1,6 @@
 """Small random FastVLMs as sessions, and sessions with one planted fault."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,10 @@ from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvit
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.targets.base import Array, Session, TokenIds
 from fastvlm_export.targets.eager import EagerSession
-from fastvlm_export.validate.parity import Case
+from fastvlm_export.validate import parity
+from fastvlm_export.validate.limits import FLOAT32, Limits
+from fastvlm_export.validate.parity import ParityResult
+from fastvlm_export.validate.recording import Case, record
 
 torch.set_num_threads(1)  # models this small only lose by sharing the cores
 
@@ -56,22 +59,23 @@ def pixels(seed: int = 0) -> Array:
     return (values / 255).astype(np.float32)
 
 
-def case(
-    name: str = "noise.png",
+def case(name: str = "noise.png", *, seed: int = 0) -> Case:
+    return Case(name=name, pixels=pixels(seed), prompt_ids=PROMPT, image_token_id=IMAGE_TOKEN_ID)
+
+
+def compare(
+    candidate: Session,
     *,
-    theirs: Array | None = None,
-    their_prompt: list[int] | None = None,
-    seed: int = 0,
-) -> Case:
-    ours = pixels(seed)
-    return Case(
-        name=name,
-        reference_pixels=ours,
-        candidate_pixels=ours if theirs is None else theirs,
-        prompt_ids=PROMPT,
-        candidate_prompt_ids=PROMPT if their_prompt is None else their_prompt,
-        image_token_id=IMAGE_TOKEN_ID,
-    )
+    reference: Session | None = None,
+    cases: Sequence[Case] | None = None,
+    theirs: Sequence[Case] | None = None,
+    steps: int = 6,
+    limits: Limits = FLOAT32,
+) -> ParityResult:
+    """Record the reference on `cases` and compare; `theirs` is the candidate's view of them."""
+    cases = [case()] if cases is None else cases
+    recordings = record(reference or tiny_session(), cases, steps)
+    return parity.compare(recordings, theirs or cases, candidate, limits)
 
 
 class Altered:

@@ -4,25 +4,23 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_export.exporter.reparameterize import Fold
-from fastvlm_export.validate import machine, parity
+from fastvlm_export.validate import machine
 from fastvlm_export.validate.accuracy import AccuracyReport, AnswerSample
 from fastvlm_export.validate.digits import Kind
 from fastvlm_export.validate.latency import Backend, LatencyResult, Part, SubjectResult, Timing
 from fastvlm_export.validate.proof import Accuracy
 from fastvlm_export.validate.report import Example, Export, File, Folding, Report
 
-from .fakes import Altered, case, tiny_session
+from .fakes import Altered, case, compare, tiny_session
 
 IMAGE = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
 
 
 def parity_result(fault=lambda x: x * np.float32(1 + 1e-6)):
-    return parity.compare(
-        tiny_session(),
+    return compare(
         Altered(tiny_session(), decode=fault),
-        [case("digits-1.png"), case("flower.jpg", seed=1)],
-        parity.LIMITS["fp32"],
-        4,
+        cases=[case("digits-1.png"), case("flower.jpg", seed=1)],
+        steps=4,
     )
 
 

@@ -8,15 +8,20 @@ import torch
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import parity
+from fastvlm_export.validate.limits import FLOAT32
 from fastvlm_export.validate.parity import Scope, Stage
+from fastvlm_export.validate.recording import record
 
-from .fakes import IMAGE_TOKEN_ID, PROMPT, Altered, case, pixels, tiny_model, tiny_session
-
-FP32 = parity.LIMITS["fp32"]
-
-
-def compare(candidate, *, cases=None, steps=6, limits=FP32):
-    return parity.compare(tiny_session(), candidate, cases or [case()], limits, steps)
+from .fakes import (
+    IMAGE_TOKEN_ID,
+    PROMPT,
+    Altered,
+    case,
+    compare,
+    pixels,
+    tiny_model,
+    tiny_session,
+)
 
 
 def test_equal_sessions_agree_exactly_at_every_stage():
@@ -76,7 +81,7 @@ def test_an_isolated_stage_does_not_inherit_the_difference_before_it():
 
 
 def test_swapped_channels_break_preprocessing():
-    result = compare(tiny_session(), cases=[case(theirs=pixels()[:, ::-1].copy())])
+    result = compare(tiny_session(), theirs=[replace(case(), pixels=pixels()[:, ::-1].copy())])
     assert result.first_broken is Stage.PREPROCESS
     levels = result.failures[0][1].value
     assert levels == pytest.approx(round(levels), abs=1e-3)
@@ -87,14 +92,14 @@ def test_swapped_channels_break_preprocessing():
 def test_one_level_in_one_pixel_is_not_to_the_pixel():
     theirs = pixels()
     theirs[0, 1, 7, 7] += 1 / 255
-    result = compare(tiny_session(), cases=[case(theirs=theirs)])
+    result = compare(tiny_session(), theirs=[replace(case(), pixels=theirs)])
     assert result.failures[0][0].stage is Stage.PREPROCESS
     assert result.failures[0][1].value == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("their_prompt", [PROMPT[:-1], [2, *PROMPT[1:]], []])
 def test_another_prompt_breaks_preprocessing(their_prompt):
-    result = compare(tiny_session(), cases=[case(their_prompt=their_prompt)])
+    result = compare(tiny_session(), theirs=[replace(case(), prompt_ids=their_prompt)])
     assert result.first_broken is Stage.PREPROCESS
     assert "prompt tokens differ" in result.verdict
 
@@ -175,7 +180,7 @@ def test_a_cache_that_is_not_emptied_fails():
 
 
 def test_no_case_at_all_fails():
-    result = parity.compare(tiny_session(), tiny_session(), [], FP32, 4)
+    result = compare(tiny_session(), cases=[])
     assert not result.passed
     assert "no image was compared" in result.verdict
 
@@ -192,13 +197,8 @@ def test_a_result_without_measurements_does_not_pass():
 
 
 def test_a_reference_with_nan_fails_rather_than_agreeing():
-    result = parity.compare(
-        Altered(tiny_session(), image=with_nan),
-        Altered(tiny_session(), image=with_nan),
-        [case()],
-        FP32,
-        3,
-    )
+    broken = Altered(tiny_session(), image=with_nan)
+    result = compare(broken, reference=broken)
     assert result.first_broken is Stage.IMAGE_FEATURES
     assert "reference itself" in result.verdict
 
@@ -231,34 +231,79 @@ FLIPPED = [0.0, 10.0, 1.0]
 
 def scripted(theirs, ours, steps=3):
     prompt = replace(case(), prompt_ids=[1, *[IMAGE_TOKEN_ID] * 4])
-    return parity.compare(Scripted(theirs), Scripted(ours), [prompt], FP32, steps)
+    return compare(Scripted(ours), reference=Scripted(theirs), cases=[prompt], steps=steps)
 
 
-def test_a_tie_within_rounding_is_reported_and_ends_the_count():
-    result = scripted([CLEAR, CLEAR, CLOSE, CLEAR], [CLEAR, CLEAR, CLOSE_FLIPPED, FLIPPED])
-    greedy = next(m for m in result.measurements if m.stage is Stage.GREEDY)
-    assert greedy.passed
-    assert greedy.numbers == {"tokens": 2, "matching": 2}
-    tie = next(t for t in result.ties if t.stage is Stage.GREEDY)
-    assert (tie.position, tie.reference_token, tie.candidate_token) == (2, 0, 1)
+def greedy(result):
+    return next(m for m in result.measurements if m.stage is Stage.GREEDY)
+
+
+def test_after_a_tie_both_go_on_with_the_reference_s_token():
+    flips = [CLEAR, CLOSE_FLIPPED, CLEAR, CLOSE_FLIPPED]
+    result = scripted([CLEAR, CLOSE, CLEAR, CLOSE], flips, steps=3)
+    assert greedy(result).passed
+    assert greedy(result).numbers == {"tokens": 2, "matching": 2, "ties": 1}
+    (tie,) = [t for t in result.ties if t.stage is Stage.GREEDY]
+    assert (tie.position, tie.reference_token, tie.candidate_token) == (1, 0, 1)
     assert 0 < tie.margin <= tie.noise
+    assert result.free_runs[0].reference == (0, 0, 0)
+    assert result.free_runs[0].candidate == (0, 1, 0)
+
+
+class Listening(Scripted):
+    """Remembers the ids that it was asked to embed."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.ids = []
+
+    def embed(self, input_ids):
+        self.ids.append(input_ids.tolist())
+        return super().embed(input_ids)
+
+
+def test_only_at_a_tie_is_the_candidate_handed_a_token():
+    prompt = replace(case(), prompt_ids=[1, *[IMAGE_TOKEN_ID] * 4])
+    for row, fed in ((CLOSE, 0), (CLEAR, 1)):
+        candidate = Listening([FLIPPED if row is CLEAR else CLOSE_FLIPPED] * 4)
+        reference = Scripted([row] * 4)
+        compare(candidate, reference=reference, cases=[prompt], steps=3)
+        assert candidate.ids[-2:] == [[[fed]], [[fed]]]
+
+
+def test_a_difference_after_a_tie_still_fails():
+    result = scripted([CLOSE, CLEAR, CLEAR, CLEAR], [CLOSE_FLIPPED, CLEAR, FLIPPED, CLEAR])
+    assert greedy(result).checks[0].value == 1
+    assert greedy(result).numbers == {"tokens": 2, "matching": 1, "ties": 1}
+
+
+def test_a_close_call_after_a_difference_is_no_tie():
+    """From the difference on, the two write other texts."""
+    result = scripted([CLEAR, CLOSE, CLOSE, CLEAR], [FLIPPED, CLOSE_FLIPPED, CLOSE, CLEAR])
+    assert greedy(result).checks[0].value == 2
+    assert greedy(result).numbers["ties"] == 0
 
 
 def test_a_clear_margin_is_no_tie():
     result = scripted([CLEAR] * 4, [CLEAR, FLIPPED, CLEAR, CLEAR])
-    greedy = next(m for m in result.measurements if m.stage is Stage.GREEDY)
-    assert not greedy.passed
-    assert greedy.checks[0].value == 1
+    assert not greedy(result).passed
+    assert greedy(result).checks[0].value == 1
     assert result.ties == ()
     forced = next(m for m in result.measurements if m.stage is Stage.TEACHER_FORCED)
     assert forced.checks[-1].value == 1
 
 
-def test_a_tie_at_the_first_token_compares_nothing_and_fails():
-    result = scripted([CLOSE, CLEAR, CLEAR, CLEAR], [CLOSE_FLIPPED, CLEAR, CLEAR, CLEAR])
-    greedy = next(m for m in result.measurements if m.stage is Stage.GREEDY)
-    assert not greedy.passed
-    assert "tie" in greedy.checks[0].message
+def test_ties_at_every_position_compare_nothing_and_fail():
+    result = scripted([CLOSE] * 4, [CLOSE_FLIPPED] * 4)
+    assert not greedy(result).passed
+    assert "every token is a tie" in greedy(result).checks[0].message
+    assert not result.passed
+
+
+def test_a_token_beyond_the_reference_s_vocabulary_fails_and_says_so():
+    wide = [[*CLEAR, 20.0]] * 4
+    result = scripted([CLEAR] * 4, wide)
+    assert "[1, 4]" in greedy(result).checks[0].message
 
 
 def test_agreement_on_a_close_call_is_not_a_tie():
@@ -272,8 +317,9 @@ def test_a_prompt_with_the_wrong_number_of_image_tokens_is_the_callers_error():
 
 
 def test_the_summary_keeps_the_worst_case_of_each_check():
-    cases = [case("good"), case("bad", theirs=pixels()[:, ::-1].copy())]
-    result = compare(tiny_session(), cases=cases)
+    cases = [case("good"), case("bad")]
+    theirs = [cases[0], replace(cases[1], pixels=pixels()[:, ::-1].copy())]
+    result = compare(tiny_session(), cases=cases, theirs=theirs)
     lines = parity.summarize(result)
     assert [line.stage for line in lines] == sorted(
         (line.stage for line in lines), key=list(Stage).index
@@ -296,5 +342,8 @@ def test_the_dictionary_has_the_verdict_and_every_number():
 
 def test_progress_names_each_stage():
     said = []
-    parity.compare(tiny_session(), tiny_session(), [case()], FP32, 2, said.append)
+    recordings = record(tiny_session(), [case()], 2, said.append)
+    assert said == ["noise.png, 1 of 1"]
+    said.clear()
+    parity.compare(recordings, [case()], tiny_session(), FLOAT32, said.append)
     assert [line.split(": ")[1] for line in said] == list(Stage)

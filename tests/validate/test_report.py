@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastvlm_export.validate import formats, page, parity, plots, terminal
+from fastvlm_export.validate import formats, page, plots, terminal
 from fastvlm_export.validate.report import Example, Export, File, Report
 
-from .fakes import case, tiny_session
+from .fakes import case, compare, tiny_session
 from .reports import (
     IMAGE,
     accuracy,
@@ -118,9 +118,7 @@ def test_strings_from_outside_stay_text():
     report = full_report(
         source=HOSTILE,
         checkpoint={HOSTILE: HOSTILE},
-        parity=parity.compare(
-            tiny_session(), tiny_session(), [case(HOSTILE)], parity.LIMITS["fp32"], 2
-        ),
+        parity=compare(tiny_session(), cases=[case(HOSTILE)], steps=2),
         examples=(
             Example(
                 image=IMAGE, name=HOSTILE, question=HOSTILE, reference=HOSTILE, candidate="other"

@@ -1,0 +1,117 @@
+"""How far an artifact may be from its reference: what rounding explains, by recipe."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+from ..quantize.recipes import EMBEDDING, Activations, Float, Precision, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far a candidate may be from its reference. Each is an upper bound.
+
+    `pixels` is in steps of 1/255; `features`, `embeddings` and `logits` are the worst difference in
+    parts of the reference's peak; `features_rms` and `logits_rms` are RMS of the difference in
+    parts of the reference's RMS; `cosine` is 1 - cosine of the worst image token; `worst_kl` and
+    `mean_kl` are in nats; `answers` is the share of the bundled task's questions that may be
+    answered otherwise. Token disagreements are never allowed, but for ties: see `Tie`.
+    """
+
+    pixels: float
+    features: float
+    features_rms: float
+    cosine: float
+    embeddings: float
+    logits: float
+    logits_rms: float
+    worst_kl: float
+    mean_kl: float
+    answers: float
+
+
+# Both sides compute in float32 and only the order of sums differs (folded convolutions, fused
+# attention, other matrix kernels). One rounding is 6e-8 of a value; through 30-odd tower layers and
+# 24 decoder layers it grows to some 1e-6 to 2e-5 of the peak, so 1e-4 leaves room for depth and
+# none for a mistake. RMS over RMS is of the same size. Logits that move by 1e-4 of a peak of 30
+# shift KL by at most (3e-3)^2 / 2 = 5e-6. Pixels and the embedding table involve no sums: equal.
+FLOAT32 = Limits(
+    pixels=0.0,
+    features=1e-4,
+    features_rms=1e-4,
+    cosine=1e-7,
+    embeddings=0.0,
+    logits=1e-4,
+    logits_rms=1e-4,
+    worst_kl=1e-5,
+    mean_kl=2e-6,
+    answers=0.0,
+)
+
+# The integers and scales are the reference's own and the sums stay in float32. Integer times scale
+# is one more rounding where a runtime multiplies in another order, so a row of the table may differ
+# in its last bit or two.
+INTEGER_WEIGHTS = replace(FLOAT32, embeddings=1e-6)
+
+# One rounding to half precision is 2^-11 = 4.9e-4 of a value, and each side rounds in other places:
+# a runtime that fuses two operators rounds once. Through 30-odd layers of a few operators each,
+# independent errors of 4.9e-4 / sqrt(3) grow with the root of their number to some 3e-3 in RMS;
+# the limits are two to three times that. 1 - cosine is half the square of the relative error.
+# Logits of RMS 5 that move by 5e-3 of it shift KL by (2.5e-2)^2 / 2 = 3e-4 in the mean.
+# A gathered row is copied, so the table stays equal.
+FLOAT16 = Limits(
+    pixels=0.0,
+    features=1e-2,
+    features_rms=5e-3,
+    cosine=5e-5,
+    embeddings=0.0,
+    logits=1e-2,
+    logits_rms=5e-3,
+    worst_kl=2e-3,
+    mean_kl=3e-4,
+    answers=0.0,
+)
+
+# Where the two sides' float32 rounding puts a value on either side of a rounding boundary, one
+# activation differs by a whole step of 1/255 of its range, and that step travels on. Such flips
+# are all that may remain: few values, but each thousands of float32 roundings large.
+INTEGER_ACTIVATIONS = Limits(
+    pixels=0.0,
+    features=3e-2,
+    features_rms=1e-2,
+    cosine=1e-4,
+    embeddings=1e-6,
+    logits=3e-2,
+    logits_rms=1e-2,
+    worst_kl=1e-2,
+    mean_kl=1e-3,
+    answers=0.02,
+)
+
+
+def limits_for(recipe: Recipe) -> Limits:
+    """The limits of an artifact against the recipe's eager reference.
+
+    Image features are held to what the tower's precisions explain, embeddings to the table's,
+    logits and answers to all of them.
+    """
+    # A pattern that names the decoder matches no layer of the tower; any other may.
+    rules = [r.precision for r in recipe.layers if not r.pattern.startswith("decoder.")]
+    tower = _loosest(recipe, [recipe.vision, *rules])
+    table = _loosest(recipe, [recipe.precision(EMBEDDING)])
+    return replace(
+        _loosest(recipe, recipe.precisions),
+        features=tower.features,
+        features_rms=tower.features_rms,
+        cosine=tower.cosine,
+        embeddings=table.embeddings,
+    )
+
+
+def _loosest(recipe: Recipe, precisions: Iterable[Precision]) -> Limits:
+    """The largest of each limit over what is rounded."""
+    kinds = [FLOAT16 if recipe.float_format is Float.FP16 else FLOAT32]
+    for precision in precisions:
+        if precision.bits is not None:
+            floating = precision.activations is Activations.FLOAT
+            kinds.append(INTEGER_WEIGHTS if floating else INTEGER_ACTIVATIONS)
+    return Limits(**{f.name: max(getattr(kind, f.name) for kind in kinds) for f in fields(Limits)})
