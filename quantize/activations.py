@@ -222,7 +222,7 @@ def _layer_name(node: Node) -> str:
 
 def _is_dense(conv: Node) -> bool:
     """Whether a convolution is a matrix product over channels: 1x1 and one group."""
-    weight, x = conv.args[1].meta["val"], conv.args[0].meta["val"]
+    x, weight = (node.meta["val"] for node in conv.all_input_nodes[:2])
     return tuple(weight.shape[1:]) == (x.shape[1], 1, 1)
 
 
