@@ -1,7 +1,6 @@
 """Recipes: how each part's numbers are stored and computed, as data."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,11 +9,14 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from ..exporter.errors import ExportError
+from .toml_file import meant
 
 HEAD = "decoder.lm_head"
 """The head's layer name, also where its weights are the embedding table's."""
 
 EMBEDDING = "decoder.embed_tokens"
+
+T = TypeVar("T")
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -49,6 +51,23 @@ class Activations(StrEnum):
     FLOAT = "float"
     STATIC = "static"
     DYNAMIC = "dynamic"
+
+
+METHODS = {
+    Part.VISION: (Method.RTN,),
+    Part.EMBEDDING: (Method.RTN,),
+    Part.DECODER: tuple(Method),
+    Part.HEAD: tuple(Method),
+}
+"""What is made for each part."""
+
+ACTIVATIONS = {
+    Part.VISION: (Activations.FLOAT, Activations.STATIC),
+    Part.EMBEDDING: (Activations.FLOAT,),
+    Part.DECODER: (Activations.FLOAT, Activations.DYNAMIC),
+    Part.HEAD: (Activations.FLOAT, Activations.DYNAMIC),
+}
+"""The tower sees images like those of the calibration; a decoder's tokens differ too much."""
 
 
 class Observer(StrEnum):
@@ -166,7 +185,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Read `to_dict`'s data. Raises KeyError, TypeError or ValueError for anything else."""
-        parts = {part: _precision(values[part]) for part in Part}
+        parts = {part.value: _precision(values[part]) for part in Part}
         rules = tuple(
             _typed(LayerRule(pattern=rule["pattern"], precision=_precision(rule["precision"])))
             for rule in values["layers"]
@@ -194,19 +213,14 @@ def _precision(values: Mapping[str, Any]) -> Precision:
     return _typed(Precision(**{**values, **typed}))
 
 
-T = TypeVar("T", Precision, LayerRule, LossLimits, Recipe)
-
-
 def _typed(instance: T) -> T:
-    """The dataclass itself, where each value has its field's type; else a TypeError."""
+    """The dataclass itself, where each value is of its field's type; else a TypeError."""
     for name, wanted in get_type_hints(type(instance)).items():
-        value = getattr(instance, name)
         if name == "layers":
-            continue  # of rules that have been through here
-        if isinstance(value, bool) is not (wanted is bool):
-            raise TypeError(f"{name} is {value!r}, not {wanted}")
-        # JSON may hold a float as a whole number
-        if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
+            continue  # a tuple of rules that have been through here
+        value = getattr(instance, name)
+        allowed = int | float if wanted is float else wanted  # JSON may drop a float's ".0"
+        if not isinstance(value, allowed) or isinstance(value, bool) is not (wanted is bool):
             raise TypeError(f"{name} is {value!r}, not {wanted}")
     return instance
 
@@ -290,10 +304,8 @@ RECIPES: dict[str, Recipe] = {
 def get(name: str) -> Recipe:
     """The built-in recipe of that name; raises ExportError for one that there is not."""
     if name not in RECIPES:
-        close = difflib.get_close_matches(name.lower(), RECIPES, n=1)
-        guess = f" Did you mean '{close[0]}'?" if close else ""
         raise ExportError(
-            f"There is no recipe named '{name}'.{guess}",
+            f"There is no recipe named '{name}'.{meant(name, RECIPES)}",
             f"Use one of: {', '.join(RECIPES)}, or a TOML file of your own. "
             "`fastvlm-export targets` shows who takes which.",
         )

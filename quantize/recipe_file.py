@@ -1,0 +1,258 @@
+"""Recipes as TOML files: the user's own, and those that a search writes.
+
+name = "mine"              # default: the file's name without .toml
+base = "int4"              # a built-in recipe to start from; default: float32 everywhere
+float = "fp32"             # or "fp16": the format of all that is no integer
+observer = "percentile"    # or "minmax", "histogram": for static activations
+percentile = 99.99         # in percent, for that observer
+range_limit = 32752.0      # under "fp16": operators above it stay in float32
+
+[decoder]                  # also [vision], [embedding], [head]; unset keys are the base's
+bits = 4                   # or 8
+group_size = 32            # weights that share a scale; "channel": all of an output channel
+symmetric = true
+method = "gptq"            # or "rtn", "hqq"
+activations = "dynamic"    # or "float"; in the tower and the projector "static" or "float"
+activation_bits = 8
+
+[[layers]]                 # the last rule that matches a layer counts
+pattern = "decoder.layers.0.mlp.*"
+bits = 8                   # unset keys are those of the part that the layers belong to
+
+[[layers]]
+pattern = "projector*"
+keep = true                # in the recipe's float format; a part may say so, too
+
+[limits]                   # default: those of the built-in with as few bits
+mean_kl = 0.3
+accuracy_points = 1.5
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from ..exporter.errors import ExportError
+from . import recipes
+from .recipes import (
+    ACTIVATIONS,
+    METHODS,
+    RECIPES,
+    Activations,
+    Float,
+    LayerRule,
+    LossLimits,
+    Method,
+    Observer,
+    Part,
+    Precision,
+    Recipe,
+    parts_of,
+    rule_key,
+)
+from .toml_file import Table, read_toml, shown
+
+SUFFIX = ".toml"
+PER_CHANNEL = "channel"
+LARGEST_GROUP = 65536
+LARGEST_FP16 = 65504.0
+SHOWN_PROBLEMS = 20
+
+_PRECISION = tuple(field.name for field in dataclasses.fields(Precision))
+_LIMITS = tuple(field.name for field in dataclasses.fields(LossLimits))
+_TOP = (
+    *("name", "base", "float", "observer", "percentile", "range_limit"),
+    *(part.value for part in Part),
+    *("layers", "limits"),
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_PATTERN = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
+_BITS, _ACTIVATION_BITS = (4, 8), (8,)
+_FEWEST_BITS = {4: "int4", 8: "int8"}
+
+_NO_LAYER = "matches no layer: their names begin with vision_tower., projector or decoder."
+_UNCLEAR = (
+    "could match layers of several parts: let it begin with vision_tower., projector or "
+    "decoder.layers., or be decoder.embed_tokens or decoder.lm_head"
+)
+
+
+def find(name_or_path: str) -> Recipe:
+    """A built-in recipe by its name, or the one in a file whose name ends in .toml."""
+    if name_or_path.lower().endswith(SUFFIX):
+        return read(Path(name_or_path))
+    return recipes.get(name_or_path)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises ExportError with all that is wrong in it."""
+    problems: list[str] = []
+    recipe = _recipe(Table(read_toml(path, "recipe file"), "", problems), path.stem)
+    if problems:
+        lines = problems[:SHOWN_PROBLEMS]
+        if len(problems) > len(lines):
+            lines.append(f"and {len(problems) - len(lines)} more")
+        listed = "\n".join(f"  - {line}" for line in lines)
+        raise ExportError(
+            f"{path} is not a recipe that can be applied:\n{listed}",
+            f"Correct it and run again with --recipe {path}; "
+            "`fastvlm-export targets` shows what each target takes.",
+        )
+    return recipe
+
+
+def _recipe(top: Table, stem: str) -> Recipe:
+    top.only(_TOP)
+    # A misspelt base is one problem: with one that quantizes, the keys below make sense.
+    base = RECIPES[top.choice("base", tuple(RECIPES), "int4" if "base" in top else "fp32")]
+    name = top.text("name", stem, _NAME, "up to 64 letters, digits and . _ + -")
+    parts = {part: _part(top.table(part), part, getattr(base, part)) for part in Part}
+    recipe = Recipe(
+        name=name,
+        float_format=top.choice("float", tuple(Float), base.float_format),
+        vision=parts[Part.VISION],
+        embedding=parts[Part.EMBEDDING],
+        decoder=parts[Part.DECODER],
+        head=parts[Part.HEAD],
+        layers=_rules(top, parts),
+        observer=top.choice("observer", tuple(Observer), base.observer),
+        percentile=top.number("percentile", 50, 100, base.percentile),
+        range_limit=top.number("range_limit", 1, LARGEST_FP16, base.range_limit),
+    )
+    recipe = dataclasses.replace(recipe, limits=_limits(top.table("limits"), recipe))
+    if not top.problems:  # wrong values would make these mislead
+        _check_use(top, recipe)
+        _check_name(top, recipe)
+    return recipe
+
+
+def _part(table: Table, part: Part, start: Precision) -> Precision:
+    table.only((*_PRECISION, "keep"))
+    return _precision(table, (part,), start)
+
+
+def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Precision:
+    """`start` with what the table says. `parts`: whose layers it is for."""
+    given = [name for name in _PRECISION if name in table]
+    if table.flag("keep", False):
+        for name in given:
+            table.complain(name, f"and {table.name('keep')} = true contradict each other")
+        return Precision()
+    who = parts[0] if len(parts) == 1 else None
+    why = f" (all that {who} layers can have)" if who else ""
+    found = Precision(
+        bits=table.choice("bits", _BITS, start.bits),
+        group_size=table.count_or("group_size", PER_CHANNEL, LARGEST_GROUP, start.group_size),
+        symmetric=table.flag("symmetric", start.symmetric),
+        method=table.choice("method", METHODS[who] if who else tuple(Method), start.method, why),
+        activations=table.choice(
+            "activations", ACTIVATIONS[who] if who else tuple(Activations), start.activations, why
+        ),
+        activation_bits=table.choice("activation_bits", _ACTIVATION_BITS, start.activation_bits),
+    )
+    if found.bits is None and "bits" not in table:
+        for name in given:
+            table.complain(name, f"needs {table.name('bits')}: without, the weights stay float")
+        return Precision()
+    wrong = table.values.get("activations", "float") != "float"  # and noted already
+    if "activation_bits" in table and found.activations is Activations.FLOAT and not wrong:
+        table.complain("activation_bits", f'needs {table.name("activations")} other than "float"')
+    return found
+
+
+def _rules(top: Table, parts: dict[Part, Precision]) -> tuple[LayerRule, ...]:
+    rules: list[LayerRule] = []
+    for table in top.tables("layers"):
+        table.only(("pattern", "keep", *_PRECISION))
+        if "pattern" not in table:
+            table.complain("pattern", "is missing")
+        pattern = table.text("pattern", "", _PATTERN, "a pattern of layer names")
+        if pattern:
+            table.key = rule_key(pattern)
+            if any(rule.pattern == pattern for rule in rules):
+                table.complain("pattern", "is there twice")
+        owners = parts_of(pattern)
+        if pattern and len(owners) != 1:
+            table.complain("pattern", _UNCLEAR if owners else _NO_LAYER)
+        if "keep" not in table and not any(name in table for name in _PRECISION):
+            table.complain("bits", "is missing, or keep = true")
+        # Without one part to start from, the keys' own values can be judged all the same.
+        start = parts[owners[0]] if len(owners) == 1 else Precision(bits=8)
+        rules.append(LayerRule(pattern=pattern, precision=_precision(table, owners, start)))
+    return tuple(rules)
+
+
+def _limits(table: Table, recipe: Recipe) -> LossLimits | None:
+    """The file's limits, and the built-ins' where it says nothing: by the fewest bits."""
+    table.only(_LIMITS)
+    bits = [precision.bits for precision in recipe.precisions if precision.bits]
+    like = _FEWEST_BITS[min(bits)] if bits else recipe.float_format.value
+    usual = RECIPES[like].limits
+    if usual is None:
+        if not table.values:
+            return None
+        for name in _LIMITS:
+            if name not in table:
+                table.complain(name, "is missing: a float32 recipe has no limits of its own")
+        usual = LossLimits(mean_kl=0.0, accuracy_points=0.0)
+    return LossLimits(
+        mean_kl=table.number("mean_kl", 0, 100, usual.mean_kl),
+        accuracy_points=table.number("accuracy_points", 0, 100, usual.accuracy_points),
+    )
+
+
+def _check_use(top: Table, recipe: Recipe) -> None:
+    """A key that counts for nothing is a mistake somewhere."""
+    static = any(p.activations is Activations.STATIC for p in recipe.precisions)
+    if "observer" in top and not static:
+        top.complain("observer", 'counts for "static" activations only, and no layer has them')
+    elif "percentile" in top and recipe.observer is not Observer.PERCENTILE:
+        top.complain("percentile", f'needs observer = "percentile", not {shown(recipe.observer)}')
+    if "range_limit" in top and recipe.float_format is not Float.FP16:
+        top.complain("range_limit", f'needs float = "fp16", not {shown(recipe.float_format)}')
+
+
+def _check_name(top: Table, recipe: Recipe) -> None:
+    """Reports go by the name: a built-in's is for what equals it."""
+    if recipe != RECIPES.get(recipe.name, recipe):
+        top.complain(
+            "name",
+            f"is {shown(recipe.name)}, a built-in recipe that this file differs from: "
+            "give it a name of its own",
+        )
+
+
+def write(recipe: Recipe) -> str:
+    """TOML that `read` gives back as the same recipe.
+
+    What counts for nothing is left out: settings of a float precision, an observer that nobody
+    asks, the magnitude limit of a float32 recipe.
+    """
+    lines = [f"name = {shown(recipe.name)}", f"float = {shown(recipe.float_format)}"]
+    if any(p.activations is Activations.STATIC for p in recipe.precisions):
+        lines.append(f"observer = {shown(recipe.observer)}")
+        if recipe.observer is Observer.PERCENTILE:
+            lines.append(f"percentile = {recipe.percentile!r}")
+    if recipe.float_format is Float.FP16:
+        lines.append(f"range_limit = {recipe.range_limit!r}")
+    for part in Part:
+        precision: Precision = getattr(recipe, part)
+        if precision.bits:
+            lines += ["", f"[{part}]", *_written(precision)]
+    for rule in recipe.layers:
+        lines += ["", "[[layers]]", f"pattern = {json.dumps(rule.pattern)}"]
+        lines += _written(rule.precision) if rule.precision.bits else ["keep = true"]
+    if recipe.limits:
+        limits = dataclasses.asdict(recipe.limits)
+        lines += ["", "[limits]", *(f"{name} = {value!r}" for name, value in limits.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _written(precision: Precision) -> list[str]:
+    values = dataclasses.asdict(precision)
+    if precision.group_size is None:
+        values["group_size"] = PER_CHANNEL
+    if precision.activations is Activations.FLOAT:
+        del values["activation_bits"]
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items()]

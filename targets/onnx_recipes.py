@@ -1,0 +1,121 @@
+"""Which recipes ONNX files and ONNX Runtime's kernels can express."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from ..quantize.recipe_file import PER_CHANNEL
+from ..quantize.recipes import (
+    ACTIVATIONS,
+    EMBEDDING,
+    HEAD,
+    Float,
+    Part,
+    Precision,
+    Recipe,
+    Setting,
+)
+from ..quantize.toml_file import shown
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""What MatMulNBits takes as `block_size`."""
+
+_PER_CHANNEL_BITS, _BLOCK_BITS = (8,), (4, 8)
+
+
+def takes(recipe: Recipe) -> bool:
+    """Whether ONNX can express the recipe, whatever the model."""
+    return not problems(recipe, None)
+
+
+def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = True) -> list[str]:
+    """Every reason why ONNX cannot express the recipe, naming the key and what ONNX can do.
+
+    `layers`: layer name -> input width, where the model is known. `tied`: the head's weights are
+    the embedding table's, as in the 0.5B and the 1.5B.
+    """
+    found = [line for setting in recipe.settings for line in _setting_problems(setting)]
+    if recipe.float_format is Float.FP16 and any(p.bits for p in recipe.precisions):
+        found.append(_line("float", "fp16", '"fp32" around integer weights'))
+    if tied:
+        found += _table_problems(recipe)
+    return found + list(_width_problems(recipe, layers or {}))
+
+
+def _line(key: str, value: object, takes: str) -> str:
+    return f"{key} is {shown(value)}: target 'onnx' takes {takes}"
+
+
+def _setting_problems(setting: Setting) -> Iterator[str]:
+    """One precision by itself, for each part that its layers may belong to; once each line."""
+    if setting.precision.bits is None:
+        return
+    lines = [line for part in setting.parts for line in _precision_problems(setting, part)]
+    yield from dict.fromkeys(lines)
+
+
+def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
+    key, precision = setting.key, setting.precision
+    linear = part in {Part.DECODER, Part.HEAD}
+    blocks = linear and precision.group_size is not None
+    sizes = " or ".join(map(str, BLOCK_SIZES))
+    if blocks and precision.group_size not in BLOCK_SIZES:
+        takes = f"{sizes}, or {shown(PER_CHANNEL)} with 8 bits"
+        yield _line(f"{key}.group_size", precision.group_size, takes)
+    if not linear and precision.group_size is not None:
+        takes = f"{shown(PER_CHANNEL)} for the {part}"
+        yield _line(f"{key}.group_size", precision.group_size, takes)
+    if precision.bits not in (_BLOCK_BITS if blocks else _PER_CHANNEL_BITS):
+        takes = "8 bits"
+        if linear:
+            takes = f"4 or 8 with a group_size ({sizes}), 8 with {shown(PER_CHANNEL)}"
+        yield _line(f"{key}.bits", precision.bits, takes)
+    if not blocks and not precision.symmetric:
+        where = "without a group_size" if linear else f"for the {part}"
+        yield _line(f"{key}.symmetric", False, f"symmetric weights {where}")
+    if precision.activations not in ACTIVATIONS[part]:
+        takes = f"{' or '.join(map(shown, ACTIVATIONS[part]))} for the {part}"
+        yield _line(f"{key}.activations", precision.activations, takes)
+    if precision.activation_bits != 8:
+        yield _line(f"{key}.activation_bits", precision.activation_bits, "8")
+
+
+def _table_problems(recipe: Recipe) -> Iterator[str]:
+    """A tied table is stored once, so both of its uses need the same integers."""
+    table, head = recipe.setting(EMBEDDING), recipe.setting(HEAD)
+    if any(list(_setting_problems(setting)) for setting in (table, head)):
+        return  # neither is right yet
+    for name in ("bits", "group_size", "method"):
+        ours, theirs = (_written(name, s.precision) for s in (head, table))
+        if ours != theirs:
+            yield (
+                f"{head.key}.{name} is {ours}, {table.key}.{name} {theirs}: target 'onnx' stores "
+                f"the table that embedding and head share once, so takes the same for both"
+            )
+        if name == "bits" and None in (head.precision.bits, table.precision.bits):
+            return  # the rest counts for nothing
+
+
+def _written(name: str, precision: Precision) -> str:
+    value = getattr(precision, name)
+    if value is None:
+        return shown(PER_CHANNEL) if name == "group_size" else "not set (float)"
+    return shown(value)
+
+
+def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
+    """Group sizes that leave a rest: one line for all layers of a setting and width."""
+    left: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for layer, width in layers.items():
+        key, _, precision = recipe.setting(layer)
+        size = precision.group_size
+        if precision.bits and size and width % size:
+            left[key, size, width].append(layer)
+    for (key, size, width), names in left.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        fit = [str(block) for block in BLOCK_SIZES if width % block == 0]
+        takes = " or ".join(fit) if fit else "no group_size"
+        yield (
+            f"{key}.group_size is {size}: it does not divide the input width {width} of "
+            f"{names[0]}{more}, where target 'onnx' takes {takes}, or "
+            f"{shown(PER_CHANNEL)} with 8 bits"
+        )
