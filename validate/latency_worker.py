@@ -125,7 +125,7 @@ class Worker:
 
         versions = target.availability().versions
         runtime = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
-        return load, f"{self.bundle.manifest.recipe["name"]}; {runtime}"
+        return load, f"{self.bundle.manifest.recipe['name']}; {runtime}"
 
     def _pytorch(self) -> tuple[Load, str]:
         import torch  # noqa: PLC0415 - the bundle's own process must not hold it

@@ -13,7 +13,7 @@ import numpy as np
 from ..quantize.recipes import LossLimits
 from ..targets.base import Array, Session
 from . import metrics
-from .accuracy import AccuracyReport
+from .accuracy import AccuracyReport, Share
 from .checks import Check, missing
 from .recording import Progress, Recording, one
 
@@ -89,10 +89,10 @@ class QuantizationLoss:
         return max(values) if values else math.nan
 
     @property
-    def top1_agreement(self) -> float:
-        """Share of positions whose most likely token is the original's; NaN for none."""
+    def same_first(self) -> Share:
+        """Positions whose most likely token is the original's."""
         same = [agrees for case in self.cases for agrees in case.agrees]
-        return sum(same) / len(same) if same else math.nan
+        return Share(right=sum(same), total=len(same))
 
     @property
     def features(self) -> FeatureLoss | None:
@@ -137,8 +137,8 @@ class QuantizationLoss:
             ],
             "mean_kl": self.mean_kl,
             "worst_kl": self.worst_kl,
-            "top1_agreement": self.top1_agreement,
-            "positions": sum(len(case.kl) for case in self.cases),
+            "top1_agreement": self.same_first.value,
+            "positions": self.same_first.total,
             "features": self.features,
             "accuracy_points_lost": self.answers.points_lost if self.answers else None,
             "cases": [
@@ -163,8 +163,8 @@ def measure_loss(
 ) -> QuantizationLoss:
     """Run the quantized model on what was recorded of the original, along the original's tokens.
 
-    It sees its own image features and embeddings, as a user's would. Its errors are raised; NaN,
-    infinite and missing outputs fail.
+    It sees its own image features and embeddings, as a user's would. Its errors are raised; outputs
+    that are NaN, infinite or of another shape fail.
     """
     say = progress or (lambda _: None)
     cases = []

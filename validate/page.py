@@ -13,16 +13,19 @@ from PIL import Image
 
 from . import formats, plots
 from .parity import STAGE_NAMES, Measurement, Stage, summarize
+from .quantized import kept_operators, layer_groups, loss_rows, recipe_facts
 
 if TYPE_CHECKING:
-    from .accuracy import AnswerSample
     from .latency import SubjectResult
+    from .loss import QuantizationLoss
     from .proof import Accuracy
-    from .report import Report
+    from .report import Example, Report
 
 TEMPLATE = "report.html.j2"
 THUMBNAIL = 192  # pixels: a page with a dozen images stays well below a megabyte
 SHOWN_ANSWERS = 12
+SHOWN_TIES = 10  # report.json lists every one
+SHOWN_OPERATORS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +39,30 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One question of the bundled task with both sides' answers and the right one."""
+    """One question of the bundled task with every side's answer and the right one.
+
+    `original` is None where it is the reference itself.
+    """
 
     image: str
     question: str
     expected: str
+    original: str | None
     reference: str
     candidate: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One image of the parity check with both sides' texts.
+
+    `passed` is the gate on their tokens, `ties` how many of those were left out of it.
+    """
+
+    image: str
+    example: "Example"
+    passed: bool
+    ties: int
 
 
 def render(report: "Report") -> str:
@@ -55,7 +75,29 @@ def render(report: "Report") -> str:
         parity_lines=summarize(report.parity) if report.parity else [],
         comparisons=compared(report),
         answers=answers(report.accuracy) if report.accuracy else [],
-        examples=[(thumbnail(example.image), example) for example in report.examples],
+        examples=[_shown(report, example) for example in report.examples],
+        loss=loss_rows(report.quantization) if report.quantization else [],
+        recipe=recipe_facts(report.quantized.recipe) if report.quantized else {},
+        layers=layer_groups(report.quantized.layers) if report.quantized else [],
+        kept=kept_operators(report.quantized) if report.quantized else [],
+        shown_ties=SHOWN_TIES,
+        shown_operators=SHOWN_OPERATORS,
+    )
+
+
+def _shown(report: "Report", example: "Example") -> Shown:
+    found = []
+    if report.parity:
+        found = [
+            m
+            for m in report.parity.measurements
+            if m.stage is Stage.GREEDY and m.case == example.name
+        ]
+    return Shown(
+        image=thumbnail(example.image),
+        example=example,
+        passed=all(m.passed for m in found) if found else example.candidate == example.reference,
+        ties=sum(int(m.numbers.get("ties", 0)) for m in found),
     )
 
 
@@ -88,15 +130,18 @@ def _template() -> Template:
 def tiles(report: "Report") -> list[Tile]:
     """The numbers that a reader wants first; only those that were measured."""
     found: list[Tile] = []
+    if report.quantization:
+        found.append(_loss_tile(report.quantization))
     if report.parity:
         found += _parity_tiles(report)
     if report.accuracy:
-        ours, theirs = report.accuracy.candidate.total, report.accuracy.reference.total
+        ours = report.accuracy.candidate.total
+        others = [f"{k} {v.total.right}" for k, v in report.accuracy.references.items()]
         found.append(
             Tile(
                 label="Exact answers",
                 value=formats.share(ours.right, ours.total).split(" (")[0],
-                note=f"{ours.right} of {ours.total}; PyTorch {theirs.right}",
+                note=f"{ours.right} of {ours.total}; {', '.join(others)}",
             )
         )
     if report.latency:
@@ -110,6 +155,16 @@ def tiles(report: "Report") -> list[Tile]:
             )
         )
     return found
+
+
+def _loss_tile(loss: "QuantizationLoss") -> Tile:
+    same = loss.same_first
+    agreement = formats.share(same.right, same.total) if same.total else "nothing compared"
+    return Tile(
+        label="Quantization loss",
+        value=formats.number(loss.mean_kl),
+        note=f"nats, mean KL; same token first: {agreement}",
+    )
 
 
 def _parity_tiles(report: "Report") -> list[Tile]:
@@ -130,7 +185,9 @@ def _parity_tiles(report: "Report") -> list[Tile]:
         same = int(sum(m.numbers["matching"] for m in greedy))
         total = int(sum(m.numbers["tokens"] for m in greedy))
         images = len({m.case for m in greedy})
+        ties = int(sum(m.numbers["ties"] for m in greedy))
         note = f"greedy, on {images} image{'s' if images > 1 else ''}"
+        note += f"; {ties} ties left out" if ties else ""
         found.append(Tile(label="Tokens equal", value=f"{same} of {total}", note=note))
     return found
 
@@ -194,27 +251,35 @@ def compared(report: "Report") -> list[tuple[str, list[str], str]]:
 
 
 def answers(accuracy: "Accuracy") -> list[Answer]:
-    """A dozen answers with their images: those that differ first, then wrong ones, then a mix."""
-    pairs = list(zip(accuracy.reference.samples, accuracy.candidate.samples, strict=True))
-    differing = [pair for pair in pairs if pair[0].got != pair[1].got]
-    wrong = [pair for pair in pairs if pair[0].got == pair[1].got and not pair[1].right]
-    right = [pair for pair in pairs if pair[0].got == pair[1].got and pair[1].right]
-    shown = [*differing[:6], *wrong[:4]]
-    room = SHOWN_ANSWERS - len(shown)
-    step = max(1, len(right) // room)
+    """A dozen answers with their images.
+
+    Those that differ from the reference first, then those that quantization changed, then wrong
+    ones, then a mix.
+    """
+    before = accuracy.original or accuracy.reference
+    sides = (accuracy.candidate, accuracy.reference, before)
+    asked = list(zip(*(side.samples for side in sides), strict=True))
+    differing = [s for s in asked if s[0].got != s[1].got]
+    changed = [s for s in asked if s[0].got == s[1].got != s[2].got]
+    same = [s for s in asked if s[0].got == s[1].got == s[2].got]
+    wrong = [s for s in same if not s[0].right]
+    right = [s for s in same if s[0].right]
+    shown = [*differing[:6], *changed[:4], *wrong[:4]]
+    room = max(SHOWN_ANSWERS - len(shown), 0)
+    step = max(1, len(right) // max(room, 1))
     step -= step % 3 == 0 and step > 1  # every third question would be of one kind
     shown += right[::step][:room]
-    return [_answer(theirs, ours) for theirs, ours in shown]
-
-
-def _answer(theirs: "AnswerSample", ours: "AnswerSample") -> Answer:
-    return Answer(
-        image=thumbnail(ours.image),
-        question=ours.question,
-        expected=ours.expected,
-        reference=theirs.got,
-        candidate=ours.got,
-    )
+    return [
+        Answer(
+            image=thumbnail(ours.image),
+            question=ours.question,
+            expected=ours.expected,
+            original=at_first.got if accuracy.original else None,
+            reference=theirs.got,
+            candidate=ours.got,
+        )
+        for ours, theirs, at_first in shown[:SHOWN_ANSWERS]
+    ]
 
 
 def thumbnail(image: Image.Image) -> str:

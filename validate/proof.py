@@ -80,6 +80,18 @@ class Accuracy:
     limit: float = 0.0
 
     @property
+    def references(self) -> dict[str, AccuracyReport]:
+        """What the bundle is shown beside, by name: its reference first."""
+        if self.original is None:
+            return {"PyTorch": self.reference}
+        return {"quantized PyTorch": self.reference, "PyTorch": self.original}
+
+    @property
+    def reference_name(self) -> str:
+        """The reference's name among `references`."""
+        return next(iter(self.references))
+
+    @property
     def check(self) -> Check:
         """Questions that the bundle answers otherwise than its reference does."""
         same = self.candidate.agreement(self.reference)

@@ -1,6 +1,7 @@
 """What was found about one bundle: strict JSON for machines, one self-contained page for people."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING
 
 from . import machine
 from .checks import Check
-from .formats import plain
+from .formats import number, plain
 from .latency import LatencyResult
 from .machine import Machine
 from .parity import ParityResult
+from .quantized import describe
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..exporter.bundle import Manifest
     from ..exporter.reparameterize import Fold, Reparameterization
+    from ..quantize.apply import Record
     from .accuracy import AccuracyReport
+    from .loss import QuantizationLoss
     from .proof import Accuracy
 
 SCHEMA = 1
@@ -88,7 +92,9 @@ class Example:
 class Report:
     """Sections that were not measured are None or empty. See `passed` for the verdict.
 
-    `source` names the checkpoint, `checkpoint` says what it is (label -> value).
+    `source` names the checkpoint, `checkpoint` says what it is (label -> value). `quantized` is
+    what the recipe did, None where it leaves everything in float32: else `quantization`, what it
+    costs, must have been measured. `parity` is the artifact's own error on top of that.
     """
 
     source: str
@@ -97,6 +103,8 @@ class Report:
     checkpoint: Mapping[str, object] = field(default_factory=dict)
     reparameterization: Folding | None = None
     export: Export | None = None
+    quantized: "Record | None" = None
+    quantization: "QuantizationLoss | None" = None
     parity: ParityResult | None = None
     accuracy: "Accuracy | None" = None
     latency: LatencyResult | None = None
@@ -106,23 +114,27 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True where parity was measured and every gate held."""
+        """True where parity was measured, the loss of quantization if any, and every gate held."""
         if self.parity is None or not self.parity.passed:
             return False
-        return self.accuracy is None or self.accuracy.check.passed
+        if self.quantization is None and self.quantized is not None:
+            return False
+        gates = (self.accuracy.check if self.accuracy else None, self.quantization)
+        return all(gate.passed for gate in gates if gate is not None)
 
     @property
     def verdict(self) -> str:
-        """One or two sentences with the number that decides."""
+        """A few sentences with the numbers that decide."""
         if self.parity is None:
             return "Parity was not measured."
-        if not self.parity.passed or self.accuracy is None:
-            return self.parity.verdict
-        check = self.accuracy.check
-        if not check.passed:
-            return f"Every stage agrees, but not every answer: {check}."
-        asked = len(self.accuracy.candidate.samples)
-        return f"{self.parity.verdict} All {asked} answers are PyTorch's."
+        said = [self.parity.verdict]
+        if self.parity.passed and self.accuracy:
+            said.append(_on_answers(self.accuracy))
+        if self.quantization:
+            said.append(_on_loss(self.quantization))
+        elif self.quantized:
+            said.append("What quantization costs was not measured.")
+        return " ".join(said)
 
     def to_dict(self) -> dict[str, object]:
         """Strict JSON values; a number that is NaN or infinite is null."""
@@ -137,6 +149,8 @@ class Report:
             "checkpoint": self.checkpoint,
             "reparameterization": self.reparameterization,
             "export": self.export,
+            "quantized": describe(self.quantized) if self.quantized else None,
+            "quantization_loss": self.quantization.to_dict() if self.quantization else None,
             "parity": self.parity.to_dict() if self.parity else None,
             "accuracy": _accuracy(self.accuracy) if self.accuracy else None,
             "latency": self.latency.to_dict() if self.latency else None,
@@ -173,12 +187,39 @@ class Report:
             unfinished.replace(folder / name)
 
 
+def _on_answers(accuracy: "Accuracy") -> str:
+    check, asked = accuracy.check, len(accuracy.candidate.samples)
+    if not check.passed:
+        return f"Every stage agrees, but not every answer: {check}."
+    if check.value:
+        differ = f"{check.value:.0f} of {asked} answers differ from {accuracy.reference_name}'s"
+        return f"{differ} (limit {number(check.limit)})."
+    return f"All {asked} answers are {accuracy.reference_name}'s."
+
+
+def _on_loss(loss: "QuantizationLoss") -> str:
+    failed = [check for check in loss.checks if not check.passed]
+    word = "beyond its limits" if failed else "within its limits"
+    if loss.limits is None and not failed:
+        word = "not limited by the recipe"
+    found = "; ".join(map(_gate, failed or loss.checks))
+    return f"Quantization loss {word}: {found}."
+
+
+def _gate(check: Check) -> str:
+    if check.message:
+        return str(check)
+    limit = f" (limit {number(check.limit)})" if math.isfinite(check.limit) else ""
+    return f"{check.name} {number(check.value)}{limit}"
+
+
 def _accuracy(accuracy: "Accuracy") -> dict[str, object]:
-    check: Check = accuracy.check
-    pairs = zip(accuracy.reference.samples, accuracy.candidate.samples, strict=True)
+    original = accuracy.original
+    before = original.samples if original else [None] * len(accuracy.candidate.samples)
     return {
-        "passed": check.passed,
-        "check": check,
+        "passed": accuracy.check.passed,
+        "check": accuracy.check,
+        "original": _shares(original) if original else None,
         "reference": _shares(accuracy.reference),
         "candidate": _shares(accuracy.candidate),
         "answers": [
@@ -186,10 +227,13 @@ def _accuracy(accuracy: "Accuracy") -> dict[str, object]:
                 "kind": theirs.kind,
                 "question": theirs.question,
                 "expected": theirs.expected,
+                "original": at_first.got if at_first else None,
                 "reference": theirs.got,
                 "candidate": ours.got,
             }
-            for theirs, ours in pairs
+            for theirs, ours, at_first in zip(
+                accuracy.reference.samples, accuracy.candidate.samples, before, strict=True
+            )
         ],
     }
 

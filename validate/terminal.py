@@ -9,11 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from . import formats
+from .digits import Kind
 from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
 from .parity import STAGE_NAMES, ParityResult, Scope, Stage, Summary, summarize
+from .quantized import loss_rows
 
 if TYPE_CHECKING:
+    from .loss import QuantizationLoss
     from .proof import Accuracy
     from .report import Report
 
@@ -21,8 +24,10 @@ if TYPE_CHECKING:
 def render(report: "Report") -> Group:
     """Everything a report holds, and the verdict last, where the eye ends up."""
     parts: list[RenderableType] = []
+    if report.quantization:
+        parts.append(loss(report.quantization))
     if report.parity:
-        parts.append(parity(report.parity))
+        parts.append(parity(report.parity, quantized=report.quantized is not None))
     if report.accuracy:
         parts.append(accuracy(report.accuracy, report.target))
     if report.latency:
@@ -32,10 +37,29 @@ def render(report: "Report") -> Group:
     return Group(*parts)
 
 
-def parity(result: ParityResult) -> Group:
+def loss(found: "QuantizationLoss") -> Table:
+    """What the recipe costs, whatever the target."""
+    table = _table(
+        f"Quantization loss: quantized against original, both in PyTorch, {len(found.cases)} images"
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("Value", justify="right")
+    table.add_column("Limit", justify="right", style="dim", no_wrap=True)
+    table.add_column("")
+    for row in loss_rows(found):
+        sign = Text("") if row.passed is None else _sign(row.passed)
+        table.add_row(row.label, Text(row.value), row.limit, sign)
+    return table
+
+
+def parity(result: ParityResult, *, quantized: bool = False) -> Group:
     """The worst of each check over all images, by stage."""
     images = len({m.case for m in result.measurements})
-    table = _table(f"Parity with PyTorch, worst of {images} images, {result.steps} tokens")
+    reference = "quantized reference" if quantized else "PyTorch"
+    table = _table(
+        f"Export error: artifact against {reference}, worst of {images} images, "
+        f"{result.steps} tokens"
+    )
     table.add_column("Stage", no_wrap=True)
     table.add_column("Check", no_wrap=True)
     for name in ("Isolated", "End to end", "Limit"):
@@ -50,7 +74,7 @@ def parity(result: ParityResult) -> Group:
             line.name,
             *(_worst(line, scope) for scope in Scope),
             Text(formats.number(line.limit), "dim"),
-            Text("✓", "green") if line.passed else Text("✗", "bold red"),
+            _sign(line.passed),
         )
         if not line.passed:
             reason = check.message or formats.number(check.value)
@@ -59,6 +83,10 @@ def parity(result: ParityResult) -> Group:
     if result.ties:
         notes.append(Text(f"{len(result.ties)} token ties within rounding: see the report"))
     return Group(table, *notes)
+
+
+def _sign(passed: bool) -> Text:
+    return Text("✓", "green") if passed else Text("✗", "bold red")
 
 
 def _short(stage: Stage) -> str:
@@ -75,22 +103,16 @@ def _worst(line: Summary, scope: Scope) -> Text:
 def accuracy(found: "Accuracy", target: str) -> Table:
     """Exact answers by kind of question."""
     table = _table("Exact answers on held-out digits")
-    for name in ("Question", formats.target_name(target), "PyTorch"):
+    table.add_column("Question")
+    sides = {formats.target_name(target): found.candidate} | found.references
+    for name in sides:
         table.add_column(name)
-    ours, theirs = found.candidate, found.reference
-    for kind, part in ours.kinds.items():
-        other = theirs.kinds[kind]
-        table.add_row(
-            kind.value,
-            formats.share(part.right, part.total),
-            formats.share(other.right, other.total),
-        )
-    table.add_row(
-        "all",
-        formats.share(ours.total.right, ours.total.total),
-        formats.share(theirs.total.right, theirs.total.total),
-        style="bold",
-    )
+    for kind in Kind:
+        parts = [side.kinds[kind] for side in sides.values()]
+        table.add_row(kind.value, *(formats.share(part.right, part.total) for part in parts))
+    totals = [side.total for side in sides.values()]
+    cells = [formats.share(total.right, total.total) for total in totals]
+    table.add_row("all", *cells, style="bold")
     return table
 
 

@@ -1,13 +1,20 @@
 """A report with every section, of small made-up or quickly measured numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
 from fastvlm_export.exporter.reparameterize import Fold
-from fastvlm_export.validate import machine
+from fastvlm_export.quantize.apply import Record
+from fastvlm_export.quantize.ranges import OpRange
+from fastvlm_export.quantize.recipes import RECIPES, Method
+from fastvlm_export.quantize.weights import LayerRecord
+from fastvlm_export.validate import machine, recording
 from fastvlm_export.validate.accuracy import AccuracyReport, AnswerSample
 from fastvlm_export.validate.digits import Kind
 from fastvlm_export.validate.latency import Backend, LatencyResult, Part, SubjectResult, Timing
+from fastvlm_export.validate.loss import Answers, measure_loss
 from fastvlm_export.validate.proof import Accuracy
 from fastvlm_export.validate.report import Example, Export, File, Folding, Report
 
@@ -69,10 +76,58 @@ def accuracy_report(wrong=()):
     return AccuracyReport(samples=tuple(samples))
 
 
-def accuracy(candidate_wrong=(3,), reference_wrong=(3,)):
+def accuracy(candidate_wrong=(3,), reference_wrong=(3,), original_wrong=None, limit=0.0):
     return Accuracy(
-        reference=accuracy_report(reference_wrong), candidate=accuracy_report(candidate_wrong)
+        candidate=accuracy_report(candidate_wrong),
+        reference=accuracy_report(reference_wrong),
+        original=None if original_wrong is None else accuracy_report(original_wrong),
+        limit=limit,
     )
+
+
+def record(recipe=RECIPES["int4"], **changes):
+    """What applying a recipe might have found: two layers of one kind, operators beyond fp16."""
+    layers = tuple(
+        LayerRecord(
+            layer=name, bits=bits, group_size=group, method=Method.RTN, error=0.01 * (1 + index)
+        )
+        for index, (name, bits, group) in enumerate(
+            [
+                ("decoder.layers.0.mlp.up_proj", 4, 32),
+                ("decoder.layers.1.mlp.up_proj", 4, 32),
+                ("decoder.lm_head", 8, None),
+            ]
+        )
+    )
+    kept = tuple(
+        OpRange(node=f"mul_{i}", op="aten.mul", layer=f"stage.{i}", entering=1e4 * i, leaving=60.0)
+        for i in range(1, 4)
+    )
+    values = {
+        "recipe": recipe,
+        "layers": layers,
+        "kept": {"vision": kept},
+        "calibration_source": "bundled images",
+        "calibration": {"flower.jpg": "ab" * 32},
+    }
+    return Record(**(values | changes))
+
+
+def quantization_loss(fault=lambda x: x * np.float32(1.01), limits=RECIPES["int4"].limits):
+    recordings = recording.record(tiny_session(), [case("digits-1.png")], 4)
+    loss = measure_loss(recordings, Altered(tiny_session(), decode=fault), limits)
+    answers = Answers(original=accuracy_report(()), quantized=accuracy_report(()))
+    return replace(loss, answers=answers)
+
+
+def quantized_report(**changes):
+    values = {
+        "recipe": "int4",
+        "quantized": record(),
+        "quantization": quantization_loss(),
+        "accuracy": accuracy(candidate_wrong=(3,), reference_wrong=(3,), original_wrong=()),
+    }
+    return full_report(**(values | changes))
 
 
 def folding():

@@ -1,0 +1,111 @@
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from fastvlm_export.quantize.recipes import (
+    RECIPES,
+    Activations,
+    Float,
+    LayerRule,
+    Precision,
+    Recipe,
+)
+from fastvlm_export.validate import limits
+from fastvlm_export.validate.limits import (
+    FLOAT16,
+    FLOAT32,
+    INTEGER_ACTIVATIONS,
+    INTEGER_WEIGHTS,
+    Limits,
+    limits_for,
+)
+from fastvlm_export.validate.parity import Stage
+
+from .fakes import Altered, compare, tiny_session
+
+WEIGHTS = Precision(bits=4, group_size=32)
+DYNAMIC = Precision(bits=8, activations=Activations.DYNAMIC)
+STATIC = Precision(bits=8, activations=Activations.STATIC)
+
+
+def test_built_in_recipes_get_the_limits_of_what_they_round():
+    assert limits_for(RECIPES["fp32"]) == FLOAT32
+    assert limits_for(RECIPES["fp16"]) == FLOAT16
+    assert limits_for(RECIPES["int8"]) == INTEGER_ACTIVATIONS
+    assert limits_for(RECIPES["int4"]) == INTEGER_ACTIVATIONS
+
+
+def test_a_name_decides_nothing():
+    assert limits_for(Recipe(name="int4")) == FLOAT32
+    assert limits_for(replace(RECIPES["int8"], name="mine")) == INTEGER_ACTIVATIONS
+
+
+def test_weight_only_integers_are_as_strict_as_float32_but_for_the_table():
+    recipe = Recipe(name="w4", decoder=WEIGHTS, vision=WEIGHTS)
+    assert limits_for(recipe) == FLOAT32
+    recipe = replace(recipe, embedding=Precision(bits=8))
+    assert limits_for(recipe) == INTEGER_WEIGHTS
+    assert replace(INTEGER_WEIGHTS, embeddings=0.0) == FLOAT32
+
+
+def test_a_rounded_decoder_does_not_loosen_the_tower():
+    found = limits_for(Recipe(name="decoder only", decoder=DYNAMIC, head=DYNAMIC))
+    assert (found.features, found.features_rms, found.cosine) == (1e-4, 1e-4, 1e-7)
+    assert found.logits == INTEGER_ACTIVATIONS.logits
+    assert found.answers == INTEGER_ACTIVATIONS.answers
+
+
+def test_a_rounded_tower_reaches_the_logits():
+    found = limits_for(Recipe(name="tower only", vision=STATIC))
+    assert found.features == INTEGER_ACTIVATIONS.features
+    assert found.logits == INTEGER_ACTIVATIONS.logits
+    assert found.embeddings == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "loosened"),
+    [
+        ("vision_tower.network.0.*", True),
+        ("projector.0", True),
+        ("*.fc1", True),
+        ("decoder.layers.0.*", False),
+    ],
+)
+def test_a_rule_loosens_the_tower_where_it_can_reach_it(pattern, loosened):
+    rule = LayerRule(pattern=pattern, precision=DYNAMIC)
+    found = limits_for(Recipe(name="rule", layers=(rule,)))
+    assert (found.features == INTEGER_ACTIVATIONS.features) == loosened
+    assert found.logits == INTEGER_ACTIVATIONS.logits
+
+
+def test_float16_under_integers_takes_the_looser_of_each():
+    found = limits_for(replace(RECIPES["int8"], float_format=Float.FP16))
+    for field in fields(Limits):
+        kinds = (getattr(FLOAT16, field.name), getattr(INTEGER_ACTIVATIONS, field.name))
+        assert getattr(found, field.name) == max(kinds)
+    weights = limits_for(Recipe(name="w4f16", float_format=Float.FP16, decoder=WEIGHTS))
+    assert weights == FLOAT16
+
+
+def test_every_kind_is_at_least_as_loose_as_float32_and_no_limit_is_open():
+    for kind in (FLOAT16, INTEGER_WEIGHTS, INTEGER_ACTIVATIONS):
+        for field in fields(limits.Limits):
+            assert getattr(FLOAT32, field.name) <= getattr(kind, field.name) < 1
+
+
+def spread(x):
+    """Every value off by 2 % of the RMS: far from the peak's limit, beyond that of the RMS."""
+    noise = np.random.default_rng(5).choice([-0.02, 0.02], x.shape)
+    return x + (noise * np.sqrt(np.mean(x.astype(np.float64) ** 2))).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "stage"), [("image", Stage.IMAGE_FEATURES), ("decode", Stage.FIRST_TOKEN)]
+)
+def test_a_small_difference_everywhere_fails_by_its_rms_alone(part, stage):
+    loose = replace(INTEGER_ACTIVATIONS, cosine=1.0, worst_kl=1.0, mean_kl=1.0)
+    result = compare(Altered(tiny_session(), **{part: spread}), limits=loose)
+    assert result.first_broken is stage
+    failed = {c.name for m, c in result.failures if m.stage is stage}
+    assert failed == {"RMS relative"}
