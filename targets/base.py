@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..exporter.bundle import Bundle
     from ..exporter.spec import ExportSpec
+    from ..quantize.recipes import Recipe
 
 Array = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -81,10 +82,24 @@ class Target(Protocol):
         """Look for the packages that lowering and running need, without importing torch."""
         ...
 
+    def problems(self, recipe: "Recipe", layers: Mapping[str, int] | None) -> list[str]:
+        """Every reason why this format can't express the recipe; none: it can.
+
+        `layers`: layer name -> input width, where the model is known.
+        """
+        ...
+
     def lower(
-        self, programs: Mapping[str, "ExportedProgram"], spec: "ExportSpec", out: Path
+        self,
+        programs: Mapping[str, "ExportedProgram"],
+        spec: "ExportSpec",
+        recipe: "Recipe",
+        out: Path,
     ) -> Artifact:
-        """Write the artifact's files below the existing, empty folder `out`."""
+        """Write the artifact's files below the existing, empty folder `out`.
+
+        The programs are the recipe's already: it says how to name things.
+        """
         ...
 
     def open(self, bundle: "Bundle") -> Session:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..exporter.bundle import Bundle
+from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
+from ..quantize.recipes import Float, Recipe
 from .base import Artifact, Availability, Session
+from .onnx_recipes import problems
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -17,12 +20,28 @@ LOWERING_PACKAGES = ("onnx", "onnxscript")
 RUNTIME_PACKAGES = ("onnxruntime",)
 REMEDY = "pip install 'fastvlm-export[onnx]'"
 
-FILES = {
-    "vision": "onnx/vision_encoder.onnx",
-    "embedding": "onnx/embed_tokens.onnx",
-    "decoder": "onnx/decoder_model_merged.onnx",
+STEMS = {
+    "vision": "onnx/vision_encoder",
+    "embedding": "onnx/embed_tokens",
+    "decoder": "onnx/decoder_model_merged",
 }
 """Graph -> file, as Transformers.js names the three sessions of `LlavaQwen2ForCausalLM`."""
+
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q4": "_q4"}
+"""Transformers.js's `dtype` -> what it puts between a stem and ".onnx"."""
+
+
+def client_dtype(recipe: Recipe) -> str:
+    """The `dtype` of Transformers.js that comes closest: the decoder's. It only names the files."""
+    if recipe.float_format is Float.FP16:
+        return "fp16"
+    return {None: "fp32", 8: "int8", 4: "q4"}[recipe.decoder.bits]
+
+
+def files(recipe: Recipe) -> dict[str, str]:
+    """Graph -> its file in the bundle."""
+    suffix = SUFFIXES[client_dtype(recipe)]
+    return {name: f"{stem}{suffix}.onnx" for name, stem in STEMS.items()}
 
 
 def availability() -> Availability:
@@ -38,19 +57,21 @@ def availability() -> Availability:
     )
 
 
-def lower(programs: Mapping[str, "ExportedProgram"], spec: ExportSpec, out: Path) -> Artifact:
+def lower(
+    programs: Mapping[str, "ExportedProgram"], spec: ExportSpec, recipe: Recipe, out: Path
+) -> Artifact:
     """Write the three graphs and the client's files below the empty folder `out`."""
     from . import onnx_files, onnx_lowering, transformers_js  # noqa: PLC0415 - imports torch
 
     (out / "onnx").mkdir()
     chunks: dict[str, int] = {}
     graphs: dict[str, dict[str, dict[str, str]]] = {}
-    for name, file in FILES.items():
+    for name, file in files(recipe).items():
         names = onnx_lowering.interface(name, programs[name], spec.decoder)
         model = onnx_lowering.to_onnx(programs[name], names)
         graphs[name] = onnx_lowering.signature(names, model)
         chunks[Path(file).name] = onnx_files.save(model, out / file)
-    transformers_js.write_client_files(spec, chunks, out)
+    transformers_js.write_client_files(spec, client_dtype(recipe), chunks, out)
     return Artifact(graphs=graphs)
 
 
@@ -58,5 +79,24 @@ def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target 
     """Load the three graphs into ONNX Runtime. Raises ExportError for a damaged file."""
     from .onnx_session import OnnxSession  # noqa: PLC0415 - imports onnxruntime
 
-    paths = {name: bundle.path / file for name, file in FILES.items()}
-    return OnnxSession(paths, context=bundle.manifest.context)
+    there = bundle.manifest.files
+    for suffix in SUFFIXES.values():
+        found = {name: f"{stem}{suffix}.onnx" for name, stem in STEMS.items()}
+        if all(file in there for file in found.values()):
+            paths = {name: bundle.path / file for name, file in found.items()}
+            return OnnxSession(paths, context=bundle.manifest.context)
+    raise ExportError(
+        f"{bundle.path} lists no {', '.join(STEMS.values())} of one suffix in its manifest.",
+        "Export it again: fastvlm-export --target onnx --out DIR --force",
+    )
+
+
+__all__ = [
+    "RUNTIME_PACKAGES",
+    "availability",
+    "client_dtype",
+    "files",
+    "lower",
+    "open",
+    "problems",
+]

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from ..exporter.config import DecoderConfig
 from ..exporter.graphs import cache_names
-from . import onnx_attention
+from . import onnx_attention, onnx_quantized
 from .onnx_rewrites import rewrite
 
 OPSET = 23  # the first with RMSNormalization; ONNX Runtime 1.24 and Transformers.js 4 read it
@@ -81,12 +81,17 @@ def to_onnx(program: ExportedProgram, names: Interface) -> ir.Model:
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={**_TRANSLATIONS, **onnx_attention.TRANSLATIONS},
+            custom_translation_table={
+                **_TRANSLATIONS,
+                **onnx_attention.TRANSLATIONS,
+                **onnx_quantized.TRANSLATIONS,
+            },
             verbose=False,
         )
     if exported is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model: ir.Model = exported.model
+    onnx_quantized.pack(model)
     rewrite(model)
     _set_interface(model, names)
     return _tidy(model)

@@ -32,10 +32,10 @@ CHAT_TEMPLATE = (
 """The `qwen_2` conversation of `exporter.prompt`, for messages of text and image parts."""
 
 
-def write_client_files(spec: ExportSpec, chunks: Mapping[str, int], out: Path) -> None:
+def write_client_files(spec: ExportSpec, dtype: str, chunks: Mapping[str, int], out: Path) -> None:
     """Write the six JSON files into `out`. `chunks`: file name -> its external data files."""
     files = {
-        "config.json": config(spec, chunks),
+        "config.json": config(spec, dtype, chunks),
         "generation_config.json": {"do_sample": False, **_ends(spec)},
         "preprocessor_config.json": preprocessor_config(spec),
         "processor_config.json": {
@@ -60,8 +60,11 @@ def patch_size(spec: ExportSpec) -> int:
     return spec.preprocessing.resolution // math.isqrt(spec.image_tokens)
 
 
-def config(spec: ExportSpec, chunks: Mapping[str, int]) -> dict[str, Any]:
-    """`config.json`: the decoder's sizes and the image token, in `llava_qwen2`'s words."""
+def config(spec: ExportSpec, dtype: str, chunks: Mapping[str, int]) -> dict[str, Any]:
+    """`config.json`: the decoder's sizes and the image token, in `llava_qwen2`'s words.
+
+    `dtype` is what the client opens when it is not told: the suffix of the files.
+    """
     decoder = spec.decoder
     return {
         "architectures": ["LlavaQwen2ForCausalLM"],
@@ -81,7 +84,7 @@ def config(spec: ExportSpec, chunks: Mapping[str, int]) -> dict[str, Any]:
         "image_token_index": spec.image_token_id,
         **_ends(spec),
         "transformers.js_config": {
-            "dtype": "fp32",
+            "dtype": dtype,
             "use_external_data_format": {name: count for name, count in chunks.items() if count},
         },
     }

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tokenizers
@@ -18,6 +20,7 @@ from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
+from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import onnx, onnx_files
 
 RESOLUTION, CONTEXT = 128, 160
@@ -29,12 +32,24 @@ class Small:
 
     model: FastVLM
     spec: ExportSpec
+    recipe: Recipe
     programs: dict[str, ExportedProgram]
     folder: Path
 
     @property
     def paths(self) -> dict[str, Path]:
-        return {name: self.folder / file for name, file in onnx.FILES.items()}
+        return {name: self.folder / file for name, file in onnx.files(self.recipe).items()}
+
+    @property
+    def bundle(self) -> Any:
+        """What `onnx.open` reads of a bundle, of the files in this folder."""
+        return bundle_of(self.folder, self.spec.context)
+
+
+def bundle_of(folder: Path, context: int) -> Any:
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    manifest = SimpleNamespace(context=context, files=dict.fromkeys(names, ""))
+    return SimpleNamespace(path=folder, manifest=manifest)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -120,8 +135,9 @@ def export(model: FastVLM, spec: ExportSpec, folder: Path) -> Small:
         image_token_id=spec.image_token_id,
     )
     programs = {name: graphs.export_program(graph) for name, graph in built.items()}
-    onnx.lower(programs, spec, folder)
-    return Small(model=model, spec=spec, programs=programs, folder=folder)
+    recipe = RECIPES["fp32"]
+    onnx.lower(programs, spec, recipe, folder)
+    return Small(model=model, spec=spec, recipe=recipe, programs=programs, folder=folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from fastvlm_export.targets.base import available_cores
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.onnx_session import OnnxSession
 
+from .conftest import bundle_of
+
 LIMIT = 2e-5  # of the largest value: float32 rounding in another order
 
 
@@ -93,7 +95,7 @@ def test_a_full_context_is_an_error_and_changes_nothing(small, session, eager) -
 
 
 def test_the_same_export_gives_the_same_bytes(small, tmp_path) -> None:
-    onnx.lower(small.programs, small.spec, tmp_path)
+    onnx.lower(small.programs, small.spec, small.recipe, tmp_path)
     files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     assert len(files) == 9
     for file in files:
@@ -120,7 +122,7 @@ def test_the_tied_table_is_stored_once_in_each_file(tied) -> None:
 
 
 def test_the_manifest_signature_names_every_tensor(small, tmp_path) -> None:
-    graphs = onnx.lower(small.programs, small.spec, tmp_path).graphs
+    graphs = onnx.lower(small.programs, small.spec, small.recipe, tmp_path).graphs
     assert graphs["vision"]["inputs"] == {"pixel_values": "float32[batch_size,3,128,128]"}
     assert graphs["vision"]["outputs"] == {"image_features": "float32[batch_size,4,64]"}
     decoder = graphs["decoder"]
@@ -133,20 +135,18 @@ def test_the_manifest_signature_names_every_tensor(small, tmp_path) -> None:
 @pytest.mark.parametrize("graph", ["vision", "decoder"])
 def test_a_truncated_file_is_one_clear_error(small, tmp_path, graph) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "bundle")
-    path = folder / onnx.FILES[graph]
+    path = folder / small.paths[graph].relative_to(small.folder)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    bundle = SimpleNamespace(path=folder, manifest=SimpleNamespace(context=small.spec.context))
     with pytest.raises(ExportError, match=f"{path.name} cannot be loaded"):
-        onnx.open(bundle)
+        onnx.open(bundle_of(folder, small.spec.context))
 
 
 def test_a_truncated_data_file_is_one_clear_error(tied, tmp_path) -> None:
     folder = shutil.copytree(tied.folder, tmp_path / "bundle")
     data = folder / "onnx" / "decoder_model_merged.onnx_data_1"
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    bundle = SimpleNamespace(path=folder, manifest=SimpleNamespace(context=tied.spec.context))
     with pytest.raises(ExportError, match=r"decoder_model_merged\.onnx cannot be loaded"):
-        onnx.open(bundle)
+        onnx.open(bundle_of(folder, tied.spec.context))
 
 
 def test_logits_are_pytorchs_with_external_data_and_a_tied_head(tied) -> None:
@@ -157,9 +157,14 @@ def test_logits_are_pytorchs_with_external_data_and_a_tied_head(tied) -> None:
 
 
 def test_a_missing_file_is_one_clear_error(small, tmp_path) -> None:
-    bundle = SimpleNamespace(path=Path(tmp_path), manifest=SimpleNamespace(context=8))
+    bundle = SimpleNamespace(path=Path(tmp_path), manifest=small.bundle.manifest)
     with pytest.raises(ExportError, match=r"embed_tokens\.onnx cannot be loaded"):
         onnx.open(bundle)
+
+
+def test_a_manifest_without_the_graphs_is_one_clear_error(small, tmp_path) -> None:
+    with pytest.raises(ExportError, match="lists no onnx/vision_encoder"):
+        onnx.open(bundle_of(tmp_path, small.spec.context))
 
 
 def test_availability_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,5 +23,5 @@ def test_the_client_counts_as_many_image_tokens_as_the_tower_gives(
 
 def test_a_model_without_end_tokens_has_none_in_its_files(small: Small) -> None:
     spec = dataclasses.replace(small.spec, eos_token_ids=())
-    assert "eos_token_id" not in transformers_js.config(spec, {})
+    assert "eos_token_id" not in transformers_js.config(spec, "fp32", {})
     assert "eos_token" not in transformers_js.tokenizer_config(spec)
