@@ -122,24 +122,25 @@ def examine(reference: Reference, images: Sequence[Sample], clock: Clock) -> Bas
     cases = [_case(sample, spec, spec.tokenizer) for sample in images]
     questions = digits.evaluation_set(QUESTIONS) if is_bundled_model(reference.checkpoint) else []
 
-    def observe(session: Session, side: str) -> tuple[tuple[Recording, ...], AccuracyReport | None]:
-        recordings = record(session, cases, STEPS, clock.detail)
+    def ask(session: Session, side: str) -> AccuracyReport | None:
         if not questions:
-            return recordings, None
-        return recordings, _ask(session, questions, spec, spec.tokenizer, side, clock.detail)
+            return None
+        return _ask(session, questions, spec, spec.tokenizer, side, clock.detail)
 
     clock.stage("Run the checkpoint in PyTorch")
     session: Session = EagerSession(reference.checkpoint.model(), spec.context)
-    recordings, original = observe(session, "PyTorch")
-    answers, loss = original, None
+    recordings = record(session, cases, STEPS, clock.detail)
+    answers, loss = ask(session, "PyTorch"), None
     if reference.quantized:
         del session
         gc.collect()  # graph modules refer to themselves
         clock.stage("Run the quantized model in PyTorch")
         session = reference.quantized()
-        limits = reference.recipe.limits
-        loss = measure_loss(recordings, session, limits, clock.detail)
-        recordings, answers = observe(session, "PyTorch, quantized")
+        loss = measure_loss(recordings, session, reference.recipe.limits, clock.detail)
+        recordings = record(session, cases, STEPS, clock.detail)
+        original, answers = answers, None
+        if original and not any(case.flaw for case in loss.cases):  # NaN writes no answer
+            answers = ask(session, "PyTorch, quantized")
         if original and answers:
             loss = replace(loss, answers=Answers(original=original, quantized=answers))
     return Baseline(reference=reference, recordings=recordings, answers=answers, loss=loss)
@@ -172,7 +173,8 @@ def prove(
     limits = limits_for(baseline.reference.recipe)
     compared = parity.compare(baseline.recordings, cases, candidate, limits, clock.detail)
     answers = None
-    if baseline.answers:
+    # Without logits there is no answer: then parity has failed already, and the report says where.
+    if baseline.answers and all(run.candidate for run in compared.free_runs):
         clock.stage("Answer the bundled task")
         questions = digits.evaluation_set(QUESTIONS)
         manifest = bundle.manifest
