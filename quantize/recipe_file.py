@@ -67,6 +67,7 @@ _TOP = (
     *("layers", "limits"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_NAMES = "up to 64 letters, digits and . _ + -, the first a letter or digit"
 _PATTERN = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
 _BITS, _ACTIVATION_BITS = (4, 8), (8,)
 _FEWEST_BITS = {4: "int4", 8: "int8"}
@@ -106,7 +107,9 @@ def _recipe(top: Table, stem: str) -> Recipe:
     top.only(_TOP)
     # A misspelt base is one problem: with one that quantizes, the keys below make sense.
     base = RECIPES[top.choice("base", tuple(RECIPES), "int4" if "base" in top else "fp32")]
-    name = top.text("name", stem, _NAME, "up to 64 letters, digits and . _ + -")
+    name = top.text("name", stem, _NAME, _NAMES)
+    if "name" not in top and not _NAME.fullmatch(stem):
+        top.complain("name", f"is missing, and the file's, {shown(stem)}, is not {_NAMES}")
     parts = {part: _part(top.table(part), part, getattr(base, part)) for part in Part}
     recipe = Recipe(
         name=name,

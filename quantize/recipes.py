@@ -55,11 +55,11 @@ class Activations(StrEnum):
 
 METHODS = {
     Part.VISION: (Method.RTN,),
-    Part.EMBEDDING: (Method.RTN,),
+    Part.EMBEDDING: (Method.RTN, Method.HQQ),
     Part.DECODER: tuple(Method),
     Part.HEAD: tuple(Method),
 }
-"""What is made for each part."""
+"""How integers can be chosen for each part: a table has no products for GPTQ to look at."""
 
 ACTIVATIONS = {
     Part.VISION: (Activations.FLOAT, Activations.STATIC),
@@ -186,8 +186,10 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Read `to_dict`'s data. Raises KeyError, TypeError or ValueError for anything else."""
         parts = {part.value: _precision(values[part]) for part in Part}
+        if not isinstance(values["layers"], list | tuple):
+            raise TypeError("layers are no list of rules")
         rules = tuple(
-            _typed(LayerRule(pattern=rule["pattern"], precision=_precision(rule["precision"])))
+            _typed(LayerRule(**{**rule, "precision": _precision(rule["precision"])}))
             for rule in values["layers"]
         )
         limits = values["limits"]

@@ -162,9 +162,9 @@ class Table:
 
 def read_toml(path: Path, what: str) -> dict[str, object]:
     """The file's content. Raises ExportError, which calls it `what`, where it can't be read."""
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder, not a {what}.", f"Give the {what} in it.")
     try:
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder, not a {what}.", f"Give the {what} in it.")
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:

@@ -19,6 +19,7 @@ from ..quantize.toml_file import shown
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What MatMulNBits takes as `block_size`."""
 
+_LINEAR = (Part.DECODER, Part.HEAD)
 _PER_CHANNEL_BITS, _BLOCK_BITS = (8,), (4, 8)
 
 
@@ -27,11 +28,11 @@ def takes(recipe: Recipe) -> bool:
     return not problems(recipe, None)
 
 
-def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = True) -> list[str]:
+def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = False) -> list[str]:
     """Every reason why ONNX cannot express the recipe, naming the key and what ONNX can do.
 
-    `layers`: layer name -> input width, where the model is known. `tied`: the head's weights are
-    the embedding table's, as in the 0.5B and the 1.5B.
+    `layers`: layer name -> input width, where the model is known. `tied`: it is known, and its
+    head's weights are the embedding table's.
     """
     found = [line for setting in recipe.settings for line in _setting_problems(setting)]
     if recipe.float_format is Float.FP16 and any(p.bits for p in recipe.precisions):
@@ -41,8 +42,8 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = T
     return found + list(_width_problems(recipe, layers or {}))
 
 
-def _line(key: str, value: object, takes: str) -> str:
-    return f"{key} is {shown(value)}: target 'onnx' takes {takes}"
+def _line(key: str, value: object, can: str) -> str:
+    return f"{key} is {shown(value)}: target 'onnx' takes {can}"
 
 
 def _setting_problems(setting: Setting) -> Iterator[str]:
@@ -55,26 +56,26 @@ def _setting_problems(setting: Setting) -> Iterator[str]:
 
 def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
     key, precision = setting.key, setting.precision
-    linear = part in {Part.DECODER, Part.HEAD}
+    linear = part in _LINEAR
     blocks = linear and precision.group_size is not None
     sizes = " or ".join(map(str, BLOCK_SIZES))
     if blocks and precision.group_size not in BLOCK_SIZES:
-        takes = f"{sizes}, or {shown(PER_CHANNEL)} with 8 bits"
-        yield _line(f"{key}.group_size", precision.group_size, takes)
+        can = f"{sizes}, or {shown(PER_CHANNEL)} with 8 bits"
+        yield _line(f"{key}.group_size", precision.group_size, can)
     if not linear and precision.group_size is not None:
-        takes = f"{shown(PER_CHANNEL)} for the {part}"
-        yield _line(f"{key}.group_size", precision.group_size, takes)
+        can = f"{shown(PER_CHANNEL)} for the {part}"
+        yield _line(f"{key}.group_size", precision.group_size, can)
     if precision.bits not in (_BLOCK_BITS if blocks else _PER_CHANNEL_BITS):
-        takes = "8 bits"
+        can = "8 bits"
         if linear:
-            takes = f"4 or 8 with a group_size ({sizes}), 8 with {shown(PER_CHANNEL)}"
-        yield _line(f"{key}.bits", precision.bits, takes)
+            can = f"4 or 8 with a group_size ({sizes}), 8 with {shown(PER_CHANNEL)}"
+        yield _line(f"{key}.bits", precision.bits, can)
     if not blocks and not precision.symmetric:
         where = "without a group_size" if linear else f"for the {part}"
         yield _line(f"{key}.symmetric", False, f"symmetric weights {where}")
     if precision.activations not in ACTIVATIONS[part]:
-        takes = f"{' or '.join(map(shown, ACTIVATIONS[part]))} for the {part}"
-        yield _line(f"{key}.activations", precision.activations, takes)
+        can = f"{' or '.join(map(shown, ACTIVATIONS[part]))} for the {part}"
+        yield _line(f"{key}.activations", precision.activations, can)
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")
 
@@ -106,16 +107,16 @@ def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
     """Group sizes that leave a rest: one line for all layers of a setting and width."""
     left: dict[tuple[str, int, int], list[str]] = defaultdict(list)
     for layer, width in layers.items():
-        key, _, precision = recipe.setting(layer)
+        key, (part,), precision = recipe.setting(layer)
         size = precision.group_size
-        if precision.bits and size and width % size:
+        if precision.bits and size and width % size and part in _LINEAR:
             left[key, size, width].append(layer)
     for (key, size, width), names in left.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        fit = [str(block) for block in BLOCK_SIZES if width % block == 0]
-        takes = " or ".join(fit) if fit else "no group_size"
+        fit = " or ".join(str(block) for block in BLOCK_SIZES if width % block == 0)
+        can = f"{fit}, or" if fit else "only"
         yield (
             f"{key}.group_size is {size}: it does not divide the input width {width} of "
-            f"{names[0]}{more}, where target 'onnx' takes {takes}, or "
+            f"{names[0]}{more}, where target 'onnx' takes {can} "
             f"{shown(PER_CHANNEL)} with 8 bits"
         )
