@@ -30,23 +30,26 @@ def hessian(inputs: Iterable[Tensor], width: int) -> Tensor:
 def inverse_factor(h: Tensor) -> Tensor:
     """The upper triangular U of (H + damping)^-1 = U'U: [K,K] -> float32 [K,K].
 
-    In float64: H has as many tokens as the calibration, and is singular where they are fewer than
-    its width. Inputs that are always 0 get a diagonal of 1: their weights are rounded to nearest.
+    With J the reversal of rows and JHJ = LL', U is the inverse of JLJ, which is upper triangular:
+    half the work of factoring the inverse. In float64: H is singular where the calibration has
+    fewer tokens than the layer inputs. Weights of an input that is always 0 are rounded to nearest.
     """
     damped = h.double()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    diagonal[diagonal == 0] = 1
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    return factor
+    diagonal[diagonal == 0] = 1  # only where every input is always 0
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(h), dtype=upper.dtype)
+    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return factor.float()
 
 
 def quantize_columns(weight: Tensor, factor: Tensor, precision: Precision) -> Integers:
     """GPTQ of float32 [N,K] with `inverse_factor`'s [K,K].
 
     A group's scales are chosen when its first column's turn comes, by RTN's rule and HQQ's search
-    on the weights as they then are.
+    on the weights as they then are. The search changes nothing at groups of 32, and takes a fifth
+    of the KL divergence where a whole channel shares a 4-bit scale (bundled model).
     """
     low, high = limits(precision)
     rows, width = weight.shape

@@ -14,7 +14,7 @@ from .ops import dequantize
 from .quiet import quiet_import
 from .recipes import Method, Precision
 
-CHUNK = 2**22  # weights rounded at once: temporaries stay small beside a table of a gigabyte
+CHUNK = 2**23  # weights rounded at once: temporaries stay small beside a table of a gigabyte
 HQQ_STEPS = 20
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,10 +21,21 @@ from .ops import (
     quantized_embedding,
     quantized_linear,
 )
-from .recipes import EMBEDDING, HEAD, Activations, Method, Precision, Recipe
+from .recipes import (
+    ACTIVATIONS,
+    EMBEDDING,
+    HEAD,
+    METHODS,
+    Activations,
+    Method,
+    Precision,
+    Recipe,
+    part_of,
+)
 from .rounding import Integers, by_rows, quantize_rows
 
 DECODER = "decoder."
+SMALLEST_GROUP = 16  # worth proposing: runtimes' kernels take no smaller one
 
 
 class _Quantized(nn.Module):
@@ -135,10 +146,11 @@ def check_groups(recipe: Recipe, widths: Mapping[str, int]) -> None:
         for (size, width), layers in wrong.items()
     ]
     fits = math.gcd(*(width for _, width in wrong), *(size for size, _ in wrong))
+    example = f" (such as {fits})" if fits >= SMALLEST_GROUP else ""
     raise ExportError(
         "\n".join(lines),
-        f"Set a group_size that divides the width (such as {fits}) for these layers, or leave it "
-        "out: one scale per output channel.",
+        f"Set a group_size that divides the width{example} for these layers, or leave it out: one "
+        "scale per output channel.",
     )
 
 
@@ -189,27 +201,26 @@ def _uses_gptq(precision: Precision) -> bool:
     return precision.bits is not None and precision.method is Method.GPTQ
 
 
-def _check_methods(recipe: Recipe, layers: Mapping[str, int], inputs: Sequence[Tensor]) -> None:
-    precisions = {layer: recipe.precision(layer) for layer in layers}
-    if _uses_gptq(precisions[EMBEDDING]):
+def _check_methods(recipe: Recipe, layers: Iterable[str], inputs: Sequence[Tensor]) -> None:
+    """What recipe files cannot ask for, and a recipe made in Python could."""
+    problems: list[str] = []
+    for layer in layers:
+        part, (key, _, precision) = part_of(layer), recipe.setting(layer)
+        if precision.bits is None:
+            continue
+        if precision.method not in METHODS[part]:
+            taken = ", ".join(METHODS[part])
+            problems.append(f"{key}.method: {precision.method} is not for {part} ({taken})")
+        if precision.activations not in ACTIVATIONS[part]:
+            taken = ", ".join(ACTIVATIONS[part])
+            problems.append(
+                f"{key}.activations: {precision.activations} is not for {part} ({taken})"
+            )
+        if _uses_gptq(precision) and not inputs:
+            problems.append(f"{key}.method: gptq has no calibration sequences to learn from")
+    if problems:
         raise ExportError(
-            f"Method gptq does not fit {EMBEDDING}: rows are looked up there, not multiplied.",
-            "Set the embedding's method to rtn or hqq.",
-        )
-    static = [
-        layer
-        for layer, precision in precisions.items()
-        if precision.bits is not None and precision.activations is Activations.STATIC
-    ]
-    if static:
-        raise ExportError(
-            f"Static activations are for the vision part, not for {', '.join(static)}.",
-            "Set activations to dynamic or float there.",
-        )
-    if not inputs and any(map(_uses_gptq, precisions.values())):
-        raise ExportError(
-            "Method gptq has no calibration sequences to learn from.",
-            "Give it images with --calibration, or set the method to rtn or hqq.",
+            "\n".join(dict.fromkeys(problems)), "Change these keys, or calibrate with images."
         )
 
 
