@@ -21,8 +21,8 @@ class OpRange:
     """One operator's magnitudes over all inputs; NaN or infinite if any value was.
 
     `node` is its name in the program, `op` the operator, `layer` the module that it belongs to.
-    `entering` counts weights, too; `leaving` counts an attention's scores before the softmax, which
-    a runtime may hold in the same format (by their bound |query| |key| / sqrt(d)).
+    `entering` counts weights, too. `leaving` counts what a runtime may store in the same format
+    inside: a mean's sum, and an attention's scores by their bound |query| |key| / sqrt(d).
     """
 
     node: str
@@ -50,10 +50,10 @@ def scan(
     return tuple(
         OpRange(
             node=node.name,
-            op=str(node.target),
+            op=_operator(node),
             layer=layer_of(node),
             entering=larger(scanner.magnitudes[n.name] for n in node.all_input_nodes),
-            leaving=larger((scanner.magnitudes[node.name], scanner.scores[node.name])),
+            leaving=larger((scanner.magnitudes[node.name], scanner.inside[node.name])),
         )
         for node in program.graph.nodes
         if node.op == "call_function" and any(is_float(n) for n in node.all_input_nodes)
@@ -76,6 +76,11 @@ def layer_of(node: Node) -> str:
     return "" if not stack or stack[-1][0].startswith("_") else str(stack[-1][0])
 
 
+def _operator(node: Node) -> str:
+    aten = isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target) if aten else str(getattr(node.target, "__name__", node.target))
+
+
 def is_float(node: Node) -> bool:
     """Whether the node's value is a floating-point tensor, or has any inside."""
     return any(
@@ -96,18 +101,18 @@ def magnitude(value: Any) -> float:
     for x in pytree.tree_leaves(value):
         if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
             low, high = torch.aminmax(x)
-            found.append(torch.maximum(-low, high).item())
+            found.append(torch.maximum(low.abs(), high.abs()).item())
     return larger(found)
 
 
 class _Scanner(Interpreter):
-    """Keeps the largest magnitude of each node's value, and of its scores, over all runs."""
+    """Keeps the largest magnitude of each node's value, and of what is inside, over all runs."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__(program.graph_module)
         self.weights = lifted(program)
         self.magnitudes: dict[str, float] = {}
-        self.scores: dict[str, float] = {}
+        self.inside: dict[str, float] = {}
         inputs = set(program.graph_signature.user_inputs)
         self.constant = {
             n.name for n in program.graph.nodes if n.op == "placeholder" and n.name not in inputs
@@ -120,27 +125,32 @@ class _Scanner(Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         for kept, found in (
             (self.magnitudes, magnitude(value)),
-            (self.scores, _scores(n, args)),
+            (self.inside, _inside(n, args, value)),
         ):
             kept[n.name] = larger((found, kept.get(n.name, 0.0)))
         return value
 
 
-def _scores(node: Node, args: tuple[Any, ...]) -> float:
-    """A bound of an attention's scores: max|q| max|k| / sqrt(d) per head, else 0.
+def _inside(node: Node, args: tuple[Any, ...], value: Any) -> float:
+    """The largest magnitude that an operator makes on its way, where its result does not show it.
 
     RoPE turns queries and keys without changing how long they are.
     """
+    if node.target is torch.ops.aten.mean.dim:
+        return magnitude(value) * args[0].numel() / max(value.numel(), 1)
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        query, key = args[:2]  # [B,H,N,d]
-    elif str(node.target) == "fastvlm.cached_attention.default":
-        heads, kv_heads = args[8:10]
+        return _scores(args[0], args[1])
+    if str(node.target) == "fastvlm.cached_attention.default":
+        query, key, _, past_key, *_, heads, kv_heads = args
         query, new = (
-            x.unflatten(2, (n, -1)).transpose(1, 2)
-            for x, n in ((args[0], heads), (args[1], kv_heads))
+            x.unflatten(2, (n, -1)).transpose(1, 2) for x, n in ((query, heads), (key, kv_heads))
         )
-        key = torch.cat((args[3], new), dim=2).repeat_interleave(heads // kv_heads, dim=1)
-    else:
-        return 0.0
+        key = torch.cat((past_key, new), dim=2)
+        return _scores(query, key.repeat_interleave(heads // kv_heads, dim=1))
+    return 0.0
+
+
+def _scores(query: Tensor, key: Tensor) -> float:
+    """A bound of the scores of [B,H,N,d]: max|q| max|k| / sqrt(d), per head."""
     longest = query.norm(dim=-1).amax((0, 2)) * key.norm(dim=-1).amax((0, 2))  # [H]
     return magnitude(longest / math.sqrt(query.shape[-1]))
