@@ -45,6 +45,13 @@ Images = Annotated[
     list[Path] | None,
     typer.Option("--image", help="Also prove it on this image; repeat for more."),
 ]
+Recipe = Annotated[
+    str, typer.Option(help="How numbers are stored: fp32, fp16, int8, int4, or a TOML file.")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Images that quantization is calibrated on."),
+]
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs after warm-up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
@@ -151,7 +158,8 @@ def export(
     target: Annotated[
         list[str] | None, typer.Option(help="What to export to; repeat for more.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="How numbers are stored and computed.")] = "fp32",
+    recipe: Recipe = "fp32",
+    calibration: Calibration = None,
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Image side in pixels; default: the checkpoint's.")
     ] = None,
@@ -182,6 +190,7 @@ def export(
         out=out,
         targets=tuple(dict.fromkeys(target or ["onnx"])),
         recipe=recipe,
+        calibration=calibration,
         resolution=resolution,
         context=max_positions,
         images=tuple(image or ()),
@@ -230,6 +239,7 @@ def validate(
     checkpoint: Checkpoint = None,
     random: Random = None,
     seed: Seed = 0,
+    calibration: Calibration = None,
     image: Images = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -240,7 +250,9 @@ def validate(
     source = _source(checkpoint, random, seed) if checkpoint or random else None
     outcome = _with_progress(
         quiet,
-        lambda bars: pipeline.validate(bundle, source, tuple(image or ()), progress=bars),
+        lambda bars: pipeline.validate(
+            bundle, source, calibration, tuple(image or ()), progress=bars
+        ),
     )
     _finish([outcome], as_json=as_json, quiet=quiet)
 
@@ -317,13 +329,16 @@ def list_targets(as_json: AsJson = False) -> None:
 
     rows = []
     for name in formats.TargetName:
-        here = formats.get(name).availability()
+        target = formats.get(name)
+        here = target.availability()
         rows.append(
             {
                 "target": str(name),
                 "lower": here.lower,
                 "run": here.run,
-                "recipes": list(RECIPES),
+                "recipes": {
+                    recipe: not target.problems(values, None) for recipe, values in RECIPES.items()
+                },
                 "versions": dict(here.versions),
                 "remedy": here.remedy,
             }

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from torch.export import ExportedProgram
-
 from .. import __version__, targets
-from ..quantize import recipes
+from ..quantize import recipe_file
+from ..quantize.apply import Quantized, Record, needs_calibration, quantize
+from ..quantize.calibration import Calibration
+from ..quantize.calibration import load as load_calibration
+from ..quantize.recipes import Recipe, recorded
+from ..quantize.weights import check_groups, layer_widths
 from ..targets.base import Target
+from ..targets.eager import ProgramSession
 from ..validate.latency import Plan
 from ..validate.machine import peak_memory
-from ..validate.proof import Proof, Reference, prove, pytorch_peer
+from ..validate.proof import Proof, Reference, examine, prove, pytorch_peer
 from ..validate.report import Example, Export, Folding, Report
 from ..validate.report import files_of as report_files
 from . import bundle as bundles
-from . import doctor, graphs, prompt
+from . import doctor, prompt
 from .bundle import Bundle, Manifest, Source
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .errors import ExportError
+from .model.fastvlm import build
 from .progress import Progress, Silent
-from .reparameterize import Reparameterization, reparameterize
+from .reparameterize import reparameterize
 from .samples import Sample, samples
 from .source import SourceRequest, contract, load_source, recorded_source
 from .spec import ExportSpec
@@ -36,12 +41,16 @@ RECORDED_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pillow")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What `fastvlm-export` was asked for. None means the checkpoint's own."""
+    """What `fastvlm-export` was asked for. None means the checkpoint's own.
+
+    `recipe` is a built-in's name or a path of a TOML file, `calibration` a folder of images.
+    """
 
     source: SourceRequest
     out: Path
     targets: tuple[str, ...] = (targets.TargetName.ONNX,)
     recipe: str = "fp32"
+    calibration: Path | None = None
     resolution: int | None = None
     context: int | None = None
     images: tuple[Path, ...] = ()
@@ -73,33 +82,37 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     Raises ExportError before any long work when the request itself is wrong.
     """
     clock = Clock(progress or Silent())
-    chosen = _check(request)
+    chosen, recipe, calibration = _check(request)
     out = Path(os.path.normpath(request.out.absolute()))
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
-    spec = contract(checkpoint, request.recipe, request.resolution, request.context)
+    _check_layers(recipe, chosen, checkpoint)
+    spec = contract(checkpoint, request.resolution, request.context)
     images = samples(request.images)
     clock.stage("Reparameterize the tower")
     folded = reparameterize(checkpoint.model(), clock.detail)
-    programs = _trace(folded, spec, clock)
+    folding = Folding.of(folded)
+    clock.stage("Apply the recipe and trace the graphs" if recipe.quantized else "Trace the graphs")
+    quantized = quantize(folded.model, recipe, spec, calibration, clock.detail)
+    del folded  # the float weights: what comes next needs the memory
     with bundles.staging(out) as folder:
-        outcomes = []
+        built = []
         for name, target in chosen.items():
             place = folder / name if len(chosen) > 1 else folder
             place.mkdir(exist_ok=True)
             clock.stage(f"Lower to {name}")
-            built = _lower(name, target, programs, spec, checkpoint, request.source.seed, place)
+            seed = request.source.seed
+            built.append(_lower(name, target, quantized, spec, checkpoint, seed, place))
+        baseline = examine(_reference(checkpoint, spec, quantized), images, clock)
+        outcomes = []
+        for bundle in built:
+            peer = pytorch_peer(bundle, request.source)
             proof = prove(
-                Reference(checkpoint=checkpoint, spec=spec),
-                built,
-                images=images,
-                plan=request.plan,
-                peer=pytorch_peer(built, request.source),
-                clock=clock,
+                baseline, bundle, images=images, plan=request.plan, peer=peer, clock=clock
             )
-            report = _report(checkpoint, built, proof, images, folded, clock)
-            report.write(place / bundles.REPORT_FOLDER)
-            outcomes.append((place.relative_to(folder), report))
+            report = _report(checkpoint, bundle, proof, images, folding, quantized.record, clock)
+            report.write(bundle.path / bundles.REPORT_FOLDER)
+            outcomes.append((bundle.path.relative_to(folder), report))
         clock.stage("Publish")
         final = out if all(report.passed for _, report in outcomes) else _failed(out)
         bundles.publish(folder, final)
@@ -109,6 +122,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
 def validate(
     path: Path,
     source: SourceRequest | None = None,
+    calibration: Path | None = None,
     images: tuple[Path, ...] = (),
     plan: Plan | None = None,
     progress: Progress | None = None,
@@ -129,25 +143,22 @@ def validate(
             f"not from this checkpoint ({checkpoint.sha256[:12]}).",
             "Give the checkpoint that it was exported from with --checkpoint.",
         )
-    spec = contract(checkpoint, manifest.recipe, manifest.resolution, manifest.context)
+    spec = contract(checkpoint, manifest.resolution, manifest.context)
     shown = samples(images)
-    proof = prove(
-        Reference(checkpoint=checkpoint, spec=spec),
-        bundle,
-        images=shown,
-        plan=plan,
-        peer=None,
-        clock=clock,
-    )
-    report = _report(checkpoint, bundle, proof, shown, None, clock)
+    quantized = _again(checkpoint, manifest, spec, calibration, clock)
+    baseline = examine(_reference(checkpoint, spec, quantized), shown, clock)
+    proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
+    record = quantized.record if quantized else None
+    report = _report(checkpoint, bundle, proof, shown, None, record, clock)
     report.write(path / bundles.REPORT_FOLDER)
     return Outcome(path=path, report=report)
 
 
-def _check(request: ExportRequest) -> dict[str, Target]:
+def _check(request: ExportRequest) -> tuple[dict[str, Target], Recipe, Calibration | None]:
     """All that is wrong with a request and can be known before work starts, at once."""
     problems: list[ExportError] = []
     chosen: dict[str, Target] = {}
+    recipe, calibration = Recipe(name=""), None
 
     def attempt(action: Callable[[], object]) -> None:
         try:
@@ -162,9 +173,20 @@ def _check(request: ExportRequest) -> dict[str, Target]:
             raise ExportError(f"Target '{name}' can't be used here.", availability.remedy)
         chosen[name] = target
 
-    attempt(lambda: recipes.get(request.recipe))
+    def read_recipe() -> None:
+        nonlocal recipe
+        recipe = recipe_file.find(request.recipe)
+
+    def read_calibration() -> None:
+        nonlocal calibration
+        if request.calibration or needs_calibration(recipe):
+            calibration = load_calibration(request.calibration)
+
+    attempt(read_recipe)
     for name in request.targets:
         attempt(lambda name=name: choose(name))  # type: ignore[misc]
+    attempt(lambda: _refuse(recipe, chosen, None))
+    attempt(read_calibration)
     attempt(lambda: bundles.check_out(request.out, force=request.force))
     attempt(lambda: samples(request.images))
     if len(problems) == 1:
@@ -174,36 +196,37 @@ def _check(request: ExportRequest) -> dict[str, Target]:
             "\n".join(error.message for error in problems),
             "\n".join(dict.fromkeys(error.hint for error in problems if error.hint)),
         )
-    return chosen
+    return chosen, recipe, calibration
 
 
-def _trace(
-    folded: Reparameterization, spec: ExportSpec, clock: Clock
-) -> dict[str, ExportedProgram]:
-    clock.stage("Trace the graphs")
-    built = graphs.build(
-        folded.model,
-        resolution=spec.preprocessing.resolution,
-        context=spec.context,
-        image_token_id=spec.image_token_id,
-    )
-    programs = {}
-    for name, graph in built.items():
-        clock.detail(name)
-        programs[name] = graphs.export_program(graph)
-    return programs
+def _refuse(recipe: Recipe, chosen: Mapping[str, Target], widths: dict[str, int] | None) -> None:
+    """Raise ExportError with all that the targets can't express of a recipe."""
+    found = [text for target in chosen.values() for text in target.problems(recipe, widths)]
+    if found:
+        raise ExportError(
+            "\n".join(found),
+            "Change the recipe, or the target: `fastvlm-export targets` shows who takes which.",
+        )
+
+
+def _check_layers(recipe: Recipe, chosen: Mapping[str, Target], checkpoint: Checkpoint) -> None:
+    """The same once the layers' sizes are known, and groups that don't divide them."""
+    widths = layer_widths(build(checkpoint.config).decoder)
+    check_groups(recipe, widths)
+    _refuse(recipe, chosen, widths)
 
 
 def _lower(
     name: str,
     target: Target,
-    programs: Mapping[str, ExportedProgram],
+    quantized: Quantized,
     spec: ExportSpec,
     checkpoint: Checkpoint,
     seed: int,
     place: Path,
 ) -> Bundle:
-    artifact = target.lower(programs, spec, place)
+    recipe = quantized.record.recipe
+    artifact = target.lower(quantized.programs, spec, recipe, place)
     packages = {package: version(package) for package in RECORDED_PACKAGES}
     is_random = checkpoint.layout is Layout.RANDOM
     manifest = Manifest(
@@ -215,7 +238,8 @@ def _lower(
             seed=seed if is_random else None,
         ),
         target=name,
-        recipe=spec.recipe,
+        recipe=recipe.to_dict(),
+        quantization=quantized.record.to_dict(),
         resolution=spec.preprocessing.resolution,
         context=spec.context,
         image_tokens=spec.image_tokens,
@@ -237,6 +261,45 @@ def _lower(
     return bundles.open_bundle(place)
 
 
+def _reference(checkpoint: Checkpoint, spec: ExportSpec, quantized: Quantized | None) -> Reference:
+    if quantized is None or not quantized.record.recipe.quantized:
+        return Reference(checkpoint=checkpoint, spec=spec)
+    programs = quantized.programs
+    return Reference(
+        checkpoint=checkpoint,
+        spec=spec,
+        recipe=quantized.record.recipe,
+        quantized=lambda: ProgramSession(programs, spec.decoder, spec.context),
+    )
+
+
+def _again(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    spec: ExportSpec,
+    calibration: Path | None,
+    clock: Clock,
+) -> Quantized | None:
+    """Apply a bundle's recipe to its checkpoint once more, on the same images; None for fp32."""
+    recipe = recorded(manifest.recipe)
+    if not recipe.quantized:
+        return None
+    images = None
+    if needs_calibration(recipe):
+        images = load_calibration(calibration)
+        then = manifest.quantization["calibration"]["images"]
+        if then != {image.name: image.sha256 for image in images.images}:
+            raise ExportError(
+                f"The bundle was calibrated on {len(then)} other images ("
+                f"{', '.join(sorted(then)[:3])}, ...), not on those of {images.source}.",
+                "Give the folder that it was calibrated on with --calibration DIR.",
+            )
+    clock.stage("Reparameterize the tower")
+    folded = reparameterize(checkpoint.model(), clock.detail)
+    clock.stage("Apply the recipe and trace the graphs")
+    return quantize(folded.model, recipe, spec, images, clock.detail)
+
+
 def _failed(out: Path) -> Path:
     """Where a folder goes whose proof failed: in the place of an earlier failed one, if any."""
     names = (f"{out.name}.failed{f'-{n}' if n else ''}" for n in itertools.count())
@@ -249,7 +312,8 @@ def _report(
     bundle: Bundle,
     proof: Proof,
     images: Sequence[Sample],
-    folded: Reparameterization | None,
+    folding: Folding | None,
+    record: Record | None,
     clock: Clock,
 ) -> Report:
     facts = doctor.describe(checkpoint).to_dict()
@@ -257,14 +321,16 @@ def _report(
     return Report(
         source=checkpoint.name,
         target=bundle.manifest.target,
-        recipe=bundle.manifest.recipe,
+        recipe=bundle.manifest.recipe["name"],
         checkpoint=facts,
-        reparameterization=Folding.of(folded) if folded else None,
+        reparameterization=folding,
         export=Export(
             seconds=clock.seconds(),
             peak_memory_bytes=peak_memory(),
             files=report_files(bundle.path, bundle.manifest),
         ),
+        quantized=record if record and record.recipe.quantized else None,
+        quantization=proof.quantization,
         parity=proof.parity,
         accuracy=proof.accuracy,
         latency=proof.latency,
