@@ -15,12 +15,7 @@ from ..exporter.errors import ExportError
 from ..exporter.model.attention_op import cached_attention
 from ..exporter.model.decoder import Attention, Decoder, Layer, rotary_tables
 from .gptq import hessian, inverse_factor, quantize_columns
-from .ops import (
-    FLOAT_ACTIVATIONS,
-    PER_TOKEN,
-    quantized_embedding,
-    quantized_linear,
-)
+from .ops import FLOAT_ACTIVATIONS, PER_TOKEN, quantized_embedding, quantized_linear
 from .recipes import (
     ACTIVATIONS,
     EMBEDDING,

@@ -6,14 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastvlm_export.exporter import graphs
+from fastvlm_export.exporter.checkpoint import Checkpoint, bundled
 from fastvlm_export.exporter.config import DecoderConfig
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.model.decoder import Decoder
 from fastvlm_export.exporter.model.fastvlm import FastVLM
+from fastvlm_export.exporter.preprocess import preprocess
+from fastvlm_export.exporter.prompt import prompt_ids
 from fastvlm_export.quantize import rounding, weights
+from fastvlm_export.quantize.calibration import load
 from fastvlm_export.quantize.ops import FLOAT_ACTIVATIONS, PER_TOKEN
 from fastvlm_export.quantize.recipes import (
     EMBEDDING,
@@ -32,6 +37,7 @@ from fastvlm_export.quantize.weights import (
     layer_widths,
     quantize_decoder,
 )
+from fastvlm_export.validate.digits import held_out_scenes
 
 INT8 = Precision(bits=8)
 DYNAMIC8 = Precision(bits=8, activations=Activations.DYNAMIC)
@@ -66,6 +72,20 @@ def sequences(count: int = 6, width: int = 48) -> list[Tensor]:
     torch.manual_seed(2)
     power = torch.arange(1, width + 1) ** -0.7
     return [torch.randn(1, 20 + i, width) * power for i in range(count)]
+
+
+def prompts(checkpoint: Checkpoint, model: FastVLM, images: list[Image.Image]) -> list[Tensor]:
+    """A question about each image, as the decoder's inputs [1,S,D]."""
+    found = []
+    for image in images:
+        features = model.encode_image(torch.from_numpy(preprocess(image, checkpoint.preprocessing)))
+        image_id = checkpoint.image_token_id
+        ids = prompt_ids(checkpoint.tokenizer, "Read the number.", image_id, features.shape[1])
+        places = torch.tensor([ids]) == image_id
+        x = model.embed(torch.tensor([ids]).masked_fill(places, 0))
+        x[places] = features[0]
+        found.append(x)
+    return found
 
 
 def integers(layer: nn.Module) -> int:
@@ -242,6 +262,33 @@ def test_gptq_loses_less_of_the_logits_than_rounding_to_nearest() -> None:
         quantize_decoder(quantized, Recipe(name="x", decoder=precision), sequences(), silent)
         errors[method] = sum(float((quantized(x) - original(x)).norm()) for x in fresh)
     assert errors[Method.GPTQ] < 0.9 * errors[Method.RTN], errors
+
+
+def test_divergence_of_the_bundled_model() -> None:
+    """Mean KL over all positions of prompts about held-out images: the order is what counts."""
+    checkpoint = bundled()
+    model = checkpoint.model()
+    canvases = [Image.fromarray(scene.pixels) for scene in held_out_scenes(6, seed=11)]
+    inputs = prompts(checkpoint, model, [image.image for image in load(None).images])
+    asked = prompts(checkpoint, model, canvases)
+    expected = [model.decoder(x).log_softmax(-1) for x in asked]
+    found: dict[tuple[int, Method], float] = {}
+    for bits, group in ((8, None), (4, 32)):
+        for method in Method:
+            quantized = copy.deepcopy(model.decoder)
+            precision = dataclasses.replace(DYNAMIC8, bits=bits, group_size=group, method=method)
+            quantize_decoder(
+                quantized, dataclasses.replace(BOTH, decoder=precision), inputs, silent
+            )
+            kl = [
+                (e.exp() * (e - quantized(x).log_softmax(-1))).sum(-1).mean()
+                for e, x in zip(expected, asked, strict=True)
+            ]
+            found[bits, method] = float(torch.stack(kl).mean())
+    print({f"int{bits} {method}": f"{kl:.2e}" for (bits, method), kl in found.items()})
+    assert max(found[8, method] for method in Method) < 0.003, found
+    assert max(found[4, method] for method in Method) < 0.1, found
+    assert found[4, Method.GPTQ] < 0.7 * found[4, Method.RTN], found
 
 
 def memory_levels(work: Callable[[], object]) -> list[int]:
