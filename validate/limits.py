@@ -71,19 +71,22 @@ FLOAT16 = Limits(
     answers=0.0,
 )
 
-# Where the two sides' float32 rounding puts a value on either side of a rounding boundary, one
-# activation differs by a whole step of 1/255 of its range, and that step travels on. Such flips
-# are all that may remain: few values, but each thousands of float32 roundings large.
+# An activation that is off by d lands on the other side of a rounding boundary in d / step of all
+# cases and is then off by a whole step, 1/255 of its range. So rounding turns errors of size d into
+# sqrt(d * step), and after a few layers the last bit of a float32 sum has become a good part of the
+# rounding noise itself. That is no fault of an artifact: the bundled model's int8 reference against
+# itself, inputs moved by 2e-7, shows 2.9e-2 and 2.2e-2 (features, worst and RMS), 1e-3 (cosine),
+# 3e-2 and 6e-2 (logits), 8e-3 and 9e-4 (KL). The limits are twice that.
 INTEGER_ACTIVATIONS = Limits(
     pixels=0.0,
-    features=3e-2,
-    features_rms=1e-2,
-    cosine=1e-4,
+    features=6e-2,
+    features_rms=5e-2,
+    cosine=2e-3,
     embeddings=1e-6,
-    logits=3e-2,
-    logits_rms=1e-2,
-    worst_kl=1e-2,
-    mean_kl=1e-3,
+    logits=6e-2,
+    logits_rms=0.12,
+    worst_kl=2e-2,
+    mean_kl=2e-3,
     answers=0.02,
 )
 
