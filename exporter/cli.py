@@ -52,6 +52,13 @@ Calibration = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Images that quantization is calibrated on."),
 ]
+Resolution = Annotated[
+    int | None, typer.Option(min=1, help="Image side in pixels; default: the checkpoint's.")
+]
+Positions = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Positions in the cache; default: the checkpoint's."),
+]
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs after warm-up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
@@ -160,13 +167,8 @@ def export(
     ] = None,
     recipe: Recipe = "fp32",
     calibration: Calibration = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=1, help="Image side in pixels; default: the checkpoint's.")
-    ] = None,
-    max_positions: Annotated[
-        int | None,
-        typer.Option("--context", min=1, help="Positions in the cache; default: the checkpoint's."),
-    ] = None,
+    resolution: Resolution = None,
+    max_positions: Positions = None,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("fastvlm-bundle"),
     image: Images = None,
     random: Random = None,
@@ -320,6 +322,53 @@ def generate(
         _results.print(answer.text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def sensitivity(
+    checkpoint: Checkpoint = None,
+    random: Random = None,
+    seed: Seed = 0,
+    recipe: Recipe = "int4",
+    calibration: Calibration = None,
+    resolution: Resolution = None,
+    max_positions: Positions = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Ask about so many of the calibration images.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Mix precisions to lose or take no more: 0.5% or 400MB.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe for --budget [recipe.toml].")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the layers: .svg or .html.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace earlier files.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what each layer's quantization costs, and mix precisions for a budget."""
+    from ..validate import sensitivity_report as reports  # noqa: PLC0415 - imports Jinja
+    from . import tuning  # noqa: PLC0415 - imports torch
+
+    request = tuning.SensitivityRequest(
+        source=_source(checkpoint, random, seed),
+        recipe=recipe,
+        calibration=calibration,
+        resolution=resolution,
+        context=max_positions,
+        prompts=prompts,
+        budget=budget,
+        out=out,
+        plot=plot,
+        force=force,
+    )
+    found = _with_progress(quiet, lambda bars: tuning.sensitivity(request, bars))
+    if as_json:
+        _print_json(found.to_dict())
+    elif not quiet:
+        _results.print(reports.terminal(found))
+    for path in (found.mixed.path if found.mixed else None, plot):
+        if path and not as_json:
+            _results.print(f"Wrote  {path}", soft_wrap=True)
+
+
 @app.command("targets")
 def list_targets(as_json: AsJson = False) -> None:
     """List the targets: what each can do here, and which recipes it takes."""
@@ -336,9 +385,11 @@ def list_targets(as_json: AsJson = False) -> None:
                 "target": str(name),
                 "lower": here.lower,
                 "run": here.run,
-                "recipes": {
-                    recipe: not target.problems(values, None) for recipe, values in RECIPES.items()
-                },
+                "recipes": [
+                    recipe
+                    for recipe, values in RECIPES.items()
+                    if not target.problems(values, None)
+                ],
                 "versions": dict(here.versions),
                 "remedy": here.remedy,
             }

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from torch import nn
+
 from .. import __version__, targets
 from ..quantize import recipe_file
 from ..quantize.apply import Quantized, Record, needs_calibration, quantize
 from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
-from ..quantize.recipes import Recipe, recorded
-from ..quantize.weights import check_groups, layer_widths
+from ..quantize.recipes import Recipe, recorded, unused_rules
+from ..quantize.weights import layer_widths
 from ..targets.base import Target
 from ..targets.eager import ProgramSession
 from ..validate.latency import Plan
@@ -28,7 +30,7 @@ from .bundle import Bundle, Manifest, Source
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .errors import ExportError
-from .model.fastvlm import build
+from .model.fastvlm import FastVLM, build
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
 from .samples import Sample, samples
@@ -86,7 +88,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     out = Path(os.path.normpath(request.out.absolute()))
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
-    _check_layers(recipe, chosen, checkpoint)
+    _refuse(recipe, chosen, build(checkpoint.config))
     spec = contract(checkpoint, request.resolution, request.context)
     images = samples(request.images)
     clock.stage("Reparameterize the tower")
@@ -185,7 +187,7 @@ def _check(request: ExportRequest) -> tuple[dict[str, Target], Recipe, Calibrati
     attempt(read_recipe)
     for name in request.targets:
         attempt(lambda name=name: choose(name))  # type: ignore[misc]
-    attempt(lambda: _refuse(recipe, chosen, None))
+    attempt(lambda: _refuse(recipe, chosen))
     attempt(read_calibration)
     attempt(lambda: bundles.check_out(request.out, force=request.force))
     attempt(lambda: samples(request.images))
@@ -199,21 +201,24 @@ def _check(request: ExportRequest) -> tuple[dict[str, Target], Recipe, Calibrati
     return chosen, recipe, calibration
 
 
-def _refuse(recipe: Recipe, chosen: Mapping[str, Target], widths: dict[str, int] | None) -> None:
-    """Raise ExportError with all that the targets can't express of a recipe."""
-    found = [text for target in chosen.values() for text in target.problems(recipe, widths)]
+def _refuse(recipe: Recipe, chosen: Mapping[str, Target], model: FastVLM | None = None) -> None:
+    """Raise ExportError with all that the targets can't express of a recipe.
+
+    With a model, also groups that don't divide a layer and rules that match none.
+    """
+    widths, tied, found = None, False, []
+    if model is not None:
+        widths, tied = layer_widths(model.decoder), model.config.decoder.tied
+        kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+        layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+        found = unused_rules(recipe, [*layers, *widths])
+    for target in chosen.values():
+        found += target.problems(recipe, widths, tied=tied)
     if found:
         raise ExportError(
             "\n".join(found),
             "Change the recipe, or the target: `fastvlm-export targets` shows who takes which.",
         )
-
-
-def _check_layers(recipe: Recipe, chosen: Mapping[str, Target], checkpoint: Checkpoint) -> None:
-    """The same once the layers' sizes are known, and groups that don't divide them."""
-    widths = layer_widths(build(checkpoint.config).decoder)
-    check_groups(recipe, widths)
-    _refuse(recipe, chosen, widths)
 
 
 def _lower(

@@ -82,10 +82,13 @@ class Target(Protocol):
         """Look for the packages that lowering and running need, without importing torch."""
         ...
 
-    def problems(self, recipe: "Recipe", layers: Mapping[str, int] | None) -> list[str]:
+    def problems(
+        self, recipe: "Recipe", layers: Mapping[str, int] | None, *, tied: bool = False
+    ) -> list[str]:
         """Every reason why this format can't express the recipe; none: it can.
 
-        `layers`: layer name -> input width, where the model is known.
+        `layers`: layer name -> input width, where the model is known; `tied`: its head's weights
+        are the embedding table's.
         """
         ...
 
