@@ -147,7 +147,7 @@ def examine(reference: Reference, images: Sequence[Sample], clock: Clock) -> Bas
 
 
 def prove(
-    reference: Reference | Baseline,
+    baseline: Baseline,
     bundle: Bundle,
     *,
     images: Sequence[Sample],
@@ -161,9 +161,6 @@ def prove(
     say. `images` are those of the baseline. With a `plan` the bundle is timed, beside `peer` where
     there is one.
     """
-    baseline = reference
-    if isinstance(baseline, Reference):
-        baseline = examine(baseline, images, clock)
     gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
     clock.stage("Open the bundle")
     candidate = targets.get(bundle.manifest.target).open(bundle)

@@ -58,7 +58,7 @@ def loss_rows(loss: "QuantizationLoss") -> list[Row]:
             Row(label="worst KL", value=formats.number(loss.worst_kl)),
             Row(label="same token first", value=formats.share(same.right, same.total)),
             Row(
-                label="equal tokens before the first that differs, fewest",
+                label="equal tokens before one differs",
                 value=f"{_before(shortest)} of {len(shortest.kl)} on {shortest.case}",
             ),
         ]

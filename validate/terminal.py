@@ -55,11 +55,9 @@ def loss(found: "QuantizationLoss") -> Table:
 def parity(result: ParityResult, *, quantized: bool = False) -> Group:
     """The worst of each check over all images, by stage."""
     images = len({m.case for m in result.measurements})
-    reference = "quantized reference" if quantized else "PyTorch"
-    table = _table(
-        f"Export error: artifact against {reference}, worst of {images} images, "
-        f"{result.steps} tokens"
-    )
+    reference = "the quantized reference" if quantized else "PyTorch"
+    title = f"Export error against {reference}, worst of {images} images, {result.steps} tokens"
+    table = _table(title)
     table.add_column("Stage", no_wrap=True)
     table.add_column("Check", no_wrap=True)
     for name in ("Isolated", "End to end", "Limit"):

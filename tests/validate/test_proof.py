@@ -110,7 +110,9 @@ def prove(given, session, monkeypatch):
 
 
 def test_a_float32_bundle_is_held_to_the_checkpoint(watched, monkeypatch):
-    found = prove(reference(watched), lambda: EagerSession(tiny_model(), CONTEXT), monkeypatch)
+    found = prove(
+        examine(reference(watched)), lambda: EagerSession(tiny_model(), CONTEXT), monkeypatch
+    )
     assert found.parity.passed
     assert found.parity.limits == FLOAT32
     assert found.parity.worst[1].value == 0
@@ -139,7 +141,8 @@ def test_one_baseline_serves_several_bundles_with_no_model_run_again(watched, mo
 
 def test_models_are_freed_before_the_next_is_opened(watched, monkeypatch):
     open_bundle = lambda: watched.open(rounded())  # noqa: E731
-    prove(reference(watched, INT8, lambda: watched.open(rounded())), open_bundle, monkeypatch)
+    baseline = examine(reference(watched, INT8, lambda: watched.open(rounded())))
+    prove(baseline, open_bundle, monkeypatch)
     assert watched.before == [0, 0, 0]
 
 
@@ -170,7 +173,9 @@ def test_the_bundled_task_has_three_sides(asked, monkeypatch):
 
 
 def test_without_quantization_it_has_two(asked, monkeypatch):
-    found = prove(reference(asked), lambda: EagerSession(tiny_model(), CONTEXT), monkeypatch)
+    found = prove(
+        examine(reference(asked)), lambda: EagerSession(tiny_model(), CONTEXT), monkeypatch
+    )
     assert list(found.accuracy.references) == ["PyTorch"]
     assert found.accuracy.check.limit == 0
     assert found.accuracy.check.passed
@@ -188,6 +193,6 @@ def test_a_model_that_gives_nan_fails_with_a_report_instead_of_an_error(asked, m
     assert isinstance(baseline, Baseline)
     assert not baseline.loss.passed
     assert baseline.answers is None
-    found = prove(reference(asked), broken, monkeypatch)
+    found = prove(examine(reference(asked)), broken, monkeypatch)
     assert not found.parity.passed
     assert found.accuracy is None

@@ -173,7 +173,9 @@ def test_export_error_and_quantization_loss_are_sections_of_their_own():
     assert "Quantization loss: quantized against original" in text
     assert "Export error: artifact against the quantized reference" in text
     told = shown(terminal.render(report))
-    assert told.index("Quantization loss") < told.index("Export error: artifact against quantized")
+    assert told.index("Quantization loss") < told.index(
+        "Export error against the quantized reference"
+    )
     assert "accuracy points lost" in told
     data = strict(report.to_json())
     assert data["quantization_loss"]["checks"][0]["limit"] == 0.5
