@@ -32,6 +32,7 @@ from .quiet import quiet_import
 from .recipes import Activations, Method, Observer, Precision, Recipe
 
 with quiet_import():
+    from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
     from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import (
@@ -54,11 +55,17 @@ BINS = 2**14
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A convolution or linear layer of the graph, to be quantized."""
+    """A convolution or linear layer of the graph, to be quantized to -`largest`..`largest`."""
 
     name: str
     node: Node
     precision: Precision
+    largest: int
+
+    @property
+    def static(self) -> bool:
+        """Whether activations are quantized, too."""
+        return self.precision.activations is Activations.STATIC
 
     @property
     def inputs(self) -> tuple[Node, Node, Node | None]:
@@ -107,24 +114,22 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
     def annotate(self, model: GraphModule) -> GraphModule:
         """Attach to each layer's node what torchao shall insert around it."""
         for layer in self.layers:
-            static = layer.precision.activations is Activations.STATIC
             x, weight, bias = layer.inputs
-            conv = layer.node.target is CONV
-            weights = model.get_parameter(str(weight.target)).detach()
-            biases = None
-            specs: dict[Node, Any] = {x: self.activation} if static else {}
-            if static and conv and bias is not None:
-                biases = model.get_parameter(str(bias.target)).detach()
-            edges = [(x, layer.node)] if static else []
-            specs[weight] = _derived(
-                partial(_weight_scale, weights, biases, _largest(layer)), edges, _largest(layer)
-            )
-            if bias is not None and biases is not None:
+            integer = layer.static and layer.node.target is CONV
+            weights = _constant(model, weight)
+            biased = bias if integer else None
+            biases = None if biased is None else _constant(model, biased)
+            # In this order: torchao derives each only from those before it.
+            specs: dict[Node, Any] = {x: self.activation} if layer.static else {}
+            edges = [(node, layer.node) for node in specs]
+            scales = partial(_weight_scale, weights, biases, layer.largest)
+            specs[weight] = _derived(scales, edges, layer.largest)
+            if biased is not None:
                 edges = [*edges, (weight, layer.node)]
-                specs[bias] = _derived(_bias_scale, edges, 2**31 - 1, torch.int32)
+                specs[biased] = _derived(_bias_scale, edges, 2**31 - 1, torch.int32)
             layer.node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=specs,
-                output_qspec=self.activation if static and conv else None,
+                output_qspec=self.activation if integer else None,
                 _annotated=True,
             )
         return model
@@ -136,13 +141,14 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
         """Let every observer refuse what is not a number, in the name of its layer."""
         names = {layer.node: layer.name for layer in self.layers}
         for place, observer in observers.items():
+            if isinstance(observer, DerivedObserverOrFakeQuantize):
+                continue  # a weight or bias, not a calibrated range
             side, node = ("input", place[1]) if isinstance(place, tuple) else ("output", place)
             observer.register_forward_pre_hook(partial(_refuse_not_finite, names[node], side))
 
 
-def _largest(layer: _Layer) -> int:
-    """The largest integer of a symmetric weight: 127 for 8 bits."""
-    return int(2 ** ((layer.precision.bits or 8) - 1) - 1)
+def _constant(model: GraphModule, node: Node) -> Tensor:
+    return model.get_parameter(str(node.target)).detach()
 
 
 def _derived(
@@ -209,7 +215,8 @@ def _layers(model: GraphModule, recipe: Recipe) -> list[_Layer]:
         if precision.bits is None or excite:
             continue
         if node.target is LINEAR or _is_dense(node):
-            found.append(_Layer(name=name, node=node, precision=precision))
+            largest = int(2 ** (precision.bits - 1)) - 1
+            found.append(_Layer(name=name, node=node, precision=precision, largest=largest))
     _check(found)
     return found
 
@@ -232,12 +239,13 @@ def _check(layers: Sequence[_Layer]) -> None:
     for layer in layers:
         precision = layer.precision
         for wrong, what in (
+            (not 1 <= layer.largest <= 127, f"bits = {precision.bits} (2 to 8)"),
             (precision.group_size is not None, "group_size (one scale per output channel)"),
             (not precision.symmetric, "symmetric = false"),
             (precision.method is not Method.RTN, f'method = "{precision.method}" (only "rtn")'),
             (precision.activations is Activations.DYNAMIC, 'activations = "dynamic"'),
             (
-                precision.activations is Activations.STATIC and precision.activation_bits != 8,
+                layer.static and precision.activation_bits != 8,
                 f"activation_bits = {precision.activation_bits} (only 8)",
             ),
         ):
@@ -275,7 +283,7 @@ def quantize_vision(
     if not layers:
         return program
     prepared = prepare_pt2e(model, _VisionQuantizer(layers, recipe))
-    if any(layer.precision.activations is Activations.STATIC for layer in layers):
+    if any(layer.static for layer in layers):
         if not batches:
             raise ValueError("static activations need calibration images")
         for index, pixels in enumerate(batches):
