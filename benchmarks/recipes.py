@@ -1,0 +1,149 @@
+"""What each recipe costs and saves: size, loss, export error, speed, memory. One table.
+
+    python benchmarks/recipes.py                                             the bundled model
+    python benchmarks/recipes.py --random fastvlm-0.5b --resolution 1024     sizes and speeds
+
+Each recipe is exported and proven by the command itself, in a process of its own; its report gives
+size, loss and error. Then the bundles are timed side by side, one after the other in every round,
+so that a busy machine slows all of them alike; "x" is how many times as long fp32 takes. Loss is
+quantized against original in PyTorch, error is artifact against quantized.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastvlm_export.exporter.bundle import open_bundle
+from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.exporter.prompt import prompt_ids
+from fastvlm_export.exporter.samples import samples
+from fastvlm_export.exporter.tokenizer import read_tokenizer
+from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.validate import latency
+from fastvlm_export.validate.latency import Backend, LatencyResult, Plan, SubjectResult
+
+QUESTION = "What are these?"
+GATE_FAILED = 1
+
+messages = Console(stderr=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="A folder for one bundle a recipe.")] = Path(
+        "out/recipes"
+    ),
+    random: Annotated[str | None, typer.Option(help="Random weights at full size.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Image side in pixels.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Default: every built-in.")] = None,
+    runs: Annotated[int, typer.Option(help="Rounds after warm-up.")] = 10,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Time what is there.")] = False,
+) -> None:
+    """Print one table: a line a recipe."""
+    names = recipe or list(RECIPES)
+    reports = {name: _export(name, out / name, random, resolution, reuse) for name in names}
+    timed = _measure({name: Path(path) for name, (path, _) in reports.items()}, runs)
+    table = Table(
+        title=f"{random or 'fastvlm-digits'}, {timed.machine.cpu}, {timed.threads} threads"
+    )
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for subject in timed.subjects:
+        table.add_row(*_line(subject, reports[subject.name][1], timed))
+    Console(width=200).print(table)
+
+
+def _export(
+    recipe: str, out: Path, random: str | None, resolution: int | None, reuse: bool
+) -> tuple[str, dict[str, Any]]:
+    """Where the bundle is, and its report. One that failed its gate is shown all the same."""
+    if reuse:
+        folder = out if out.exists() else out.with_name(f"{out.name}.failed")
+        return str(folder), json.loads((folder / "report" / "report.json").read_text("utf-8"))
+    messages.print(f"Exporting {recipe} to {out}")
+    command = [sys.executable, "-c", "from fastvlm_export.exporter.cli import main; main()"]
+    command += ["--recipe", recipe, "--out", str(out), "--force", "--json", "--runs", "1"]
+    command += ["--random", random] if random else []
+    command += ["--resolution", str(resolution)] if resolution else []
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=False)  # noqa: S603
+    if run.returncode not in (0, GATE_FAILED):
+        raise ExportError(f"The export of {recipe} ended with {run.returncode}.", "See above.")
+    bundle = json.loads(run.stdout)["bundles"][0]
+    return bundle["path"], bundle["report"]
+
+
+def _measure(paths: dict[str, Path], runs: int) -> LatencyResult:
+    subjects = [
+        latency.Subject(name=name, backend=Backend.BUNDLE, bundle=path)
+        for name, path in paths.items()
+    ]
+    first = subjects[0].bundle
+    manifest = open_bundle(first).manifest
+    ids = prompt_ids(
+        read_tokenizer(first), QUESTION, manifest.image_token_id, manifest.image_tokens
+    )
+    plan = Plan(warmup=1, runs=runs, seconds=600.0, loads=1)
+    return latency.measure(subjects, samples(())[-1].image, ids, plan, messages.print)
+
+
+COLUMNS = (
+    "recipe",
+    "passed",
+    "files MB",
+    "loss: mean KL",
+    "loss: same top-1",
+    "answers right",
+    "error: features",
+    "error: mean KL",
+    "encode ms",
+    "x",
+    "TTFT ms",
+    "x",
+    "tokens/s",
+    "peak run MB",
+    "peak export MB",
+)
+
+
+def _line(subject: SubjectResult, report: dict[str, Any], timed: LatencyResult) -> list[str]:
+    loss, accuracy, export = report["quantization_loss"], report["accuracy"], report["export"]
+    first = timed.subjects[0]
+    faster = {"encode": 1.0, "ttft": 1.0} if subject is first else timed.ratios(subject)
+    encode = subject.timing("encode")
+    return [
+        subject.name,
+        "yes" if report["passed"] else "NO",
+        f"{sum(file['bytes'] for file in export['files']) / 1e6:.4g}",
+        f"{loss['mean_kl']:.2g}" if loss else "0",
+        f"{loss['top1_agreement']:.1%}" if loss else "100.0%",
+        f"{accuracy['candidate']['right']}/{accuracy['candidate']['total']}" if accuracy else "-",
+        f"{_worst(report, 'image_features', 'RMS relative'):.1e}",
+        f"{_worst(report, 'teacher_forced', 'mean KL'):.1e}",
+        f"{encode.p50 * 1e3:.4g}" if encode else "-",
+        f"{1 / faster['encode']:.2f}",
+        f"{subject.ttft.p50 * 1e3:.4g}",
+        f"{1 / faster['ttft']:.2f}",
+        f"{subject.tokens_per_second:.3g}",
+        f"{subject.peak_memory_bytes / 1e6:.0f}",
+        f"{export['peak_memory_bytes'] / 1e6:.0f}",
+    ]
+
+
+def _worst(report: dict[str, Any], stage: str, check: str) -> float:
+    """The worst value of a parity check over the images, artifact against its reference."""
+    values = [
+        found["value"]
+        for measured in report["parity"]["measurements"]
+        for found in measured["checks"]
+        if measured["stage"] == stage and found["name"] == check
+    ]
+    return max(float("inf") if value is None else value for value in values)
+
+
+if __name__ == "__main__":
+    typer.run(main)
