@@ -61,18 +61,28 @@ def lower(
     programs: Mapping[str, "ExportedProgram"], spec: ExportSpec, recipe: Recipe, out: Path
 ) -> Artifact:
     """Write the three graphs and the client's files below the empty folder `out`."""
-    from . import onnx_files, onnx_lowering, transformers_js  # noqa: PLC0415 - imports torch
+    from . import (  # noqa: PLC0415 - imports torch
+        onnx_files,
+        onnx_lowering,
+        onnx_table,
+        transformers_js,
+    )
 
     (out / "onnx").mkdir()
+    names = {n: onnx_lowering.interface(n, programs[n], spec.decoder) for n in STEMS}
+    models = {n: onnx_lowering.to_onnx(programs[n], names[n]) for n in STEMS}
+    shared = None
+    if onnx_files.is_large(models["decoder"]):  # what a small file holds inside is its own
+        shared = onnx_table.share(models["embedding"], models["decoder"])
     chunks: dict[str, int] = {}
-    graphs: dict[str, dict[str, dict[str, str]]] = {}
-    for name, file in files(recipe).items():
-        names = onnx_lowering.interface(name, programs[name], spec.decoder)
-        model = onnx_lowering.to_onnx(programs[name], names)
-        graphs[name] = onnx_lowering.signature(names, model)
-        chunks[Path(file).name] = onnx_files.save(model, out / file)
+    for name in ("vision", "decoder", "embedding"):
+        path = out / files(recipe)[name]
+        if shared and name == "embedding":
+            onnx_table.refer(*shared)
+        apart = shared[1] if shared and name == "decoder" else None
+        chunks[path.name] = onnx_files.save(models[name], path, apart=apart)
     transformers_js.write_client_files(spec, client_dtype(recipe), chunks, out)
-    return Artifact(graphs=graphs)
+    return Artifact(graphs={n: onnx_lowering.signature(names[n], models[n]) for n in STEMS})
 
 
 def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target gives it

@@ -21,17 +21,21 @@ ALIGNMENT = 4096
 """Offsets of large tensors fall on pages, so that a runtime can map them."""
 
 
-def save(model: ir.Model, path: Path) -> int:
+def is_large(model: ir.Model) -> bool:
+    """Whether the weights go into data files."""
+    return sum(_nbytes(value) for value in _weights(model)) > INLINE_LIMIT
+
+
+def save(model: ir.Model, path: Path, *, apart: ir.Value | None = None) -> int:
     """Write `path` and, when it is needed, `path`_data, `path`_data_1, ...; returns their number.
 
+    `apart` gets the last data file for itself. Weights that lie in a data file already stay there.
     The same model gives the same bytes. The checker reads the result from the disk.
     """
-    weights = [
-        value for _, value in sorted(model.graph.initializers.items()) if _nbytes(value) > SMALL
-    ]
     chunks: list[list[ir.Value]] = []
-    if sum(_nbytes(value) for value in weights) > INLINE_LIMIT:
-        chunks = split(weights)
+    if is_large(model):
+        chunks = split([value for value in _weights(model) if value is not apart])
+        chunks += [] if apart is None else [[apart]]
     for index, chunk in enumerate(chunks):
         suffix = f"_{index}" if index else ""
         external = ir.external_data.convert_tensors_to_external(
@@ -45,6 +49,15 @@ def save(model: ir.Model, path: Path) -> int:
     path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
     return len(chunks)
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    """Initializers that may go into data files, by name."""
+    return [
+        value
+        for _, value in sorted(model.graph.initializers.items())
+        if _nbytes(value) > SMALL and not isinstance(value.const_value, ir.ExternalTensor)
+    ]
 
 
 def split(weights: list[ir.Value]) -> list[list[ir.Value]]:

@@ -114,10 +114,14 @@ def _attention(
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         raise NotImplementedError("only plain attention is translated; see cached_attention")
     factor = float(query.shape[-1]) ** -0.5 if scale is None else scale
+    half = query.dtype == ir.DataType.FLOAT16
+    if half:  # products of numbers within fp16's range can leave it; their mixture can't
+        query, key, value = (op.Cast(x, to=ir.DataType.FLOAT) for x in (query, key, value))
     scores = op.MatMul(
         op.Mul(query, op.Constant(value_float=factor)), op.Transpose(key, perm=[0, 1, 3, 2])
     )
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
+    mixed = op.MatMul(op.Softmax(scores, axis=-1), value)
+    return op.Cast(mixed, to=ir.DataType.FLOAT16) if half else mixed
 
 
 _TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {

@@ -12,11 +12,14 @@ import onnxscript.rewriter.pattern as patterns
 from onnxscript import rewriter
 
 from .onnx_attention import MICROSOFT
+from .onnx_static import STATIC_LINEAR
 
 
 def rewrite(model: ir.Model) -> None:
     """Apply every rule in place."""
-    rewriter.rewrite(model, pattern_rewrite_rules=[_CHANNEL_NORM, _RMS_NORM])
+    rewriter.rewrite(
+        model, pattern_rewrite_rules=[_CHANNEL_NORM, _RMS_NORM, _HALF_RMS_NORM, STATIC_LINEAR]
+    )
     rewriter.rewrite(model, pattern_rewrite_rules=[_SKIP_RMS_NORM])
     fold_transposed_weights(model)
 
@@ -41,6 +44,19 @@ def _epsilon_known(_: Any, epsilon: ir.Value, **__: Any) -> bool:
 
 _RMS_NORM = patterns.RewriteRule(_rms_norm, _fused_rms_norm, _epsilon_known, name="RmsNorm")
 """x / sqrt(mean(x^2) + eps) * weight, seven nodes -> RMSNormalization (opset 23)."""
+
+
+def _half_rms_norm(op: Any, x: Any, epsilon: Any, weight: Any) -> Any:
+    wide = op.Cast(x, to=ir.DataType.FLOAT)
+    mean = op.ReduceMean(op.Mul(wide, wide), [-1], keepdims=1)
+    normed = op.Mul(wide, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon))))
+    return op.Mul(op.Cast(normed, to=ir.DataType.FLOAT16), weight)
+
+
+_HALF_RMS_NORM = patterns.RewriteRule(
+    _half_rms_norm, _fused_rms_norm, _epsilon_known, name="HalfRmsNorm"
+)
+"""The same of float16, its statistics in float32 -> RMSNormalization, whose stash_type says so."""
 
 
 def _skip_rms_norm(op: Any, x: Any, skip: Any, weight: Any) -> Any:

@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from ..exporter.errors import ExportError
 from .base import Array, TokenIds, available_cores, check_context
 
+_TYPES: Mapping[str, type[np.floating[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
+"""ONNX Runtime's names of the types that a cache may have."""
+
 
 class OnnxSession:
-    """Vision, embedding and decoder graphs, batch 1, float32. See `Session`.
+    """Vision, embedding and decoder graphs, batch 1. See `Session`.
 
+    Arrays are float32 whatever the recipe; only the cache has the decoder's own type.
     Keys and values lie in buffers of the whole context that are bound as past and as present at
     once, so that GroupQueryAttention appends in place.
     """
@@ -34,13 +42,15 @@ class OnnxSession:
         self._logits = np.zeros((1, 1, _last_size(self.decoder, "logits")), dtype=np.float32)
         _bind_output(self._binding, "logits", self._logits)
         self._cache = [
-            self._shared_buffer(node.name, tuple(node.shape))
+            self._shared_buffer(node.name, tuple(node.shape), _TYPES[node.type])
             for node in self.decoder.get_inputs()
             if node.name.startswith("past_key_values.")
         ]
 
-    def _shared_buffer(self, name: str, shape: tuple[Any, ...]) -> Array:
-        buffer = np.zeros((1, shape[1], self.context, shape[3]), dtype=np.float32)
+    def _shared_buffer(
+        self, name: str, shape: tuple[Any, ...], dtype: type[np.floating[Any]]
+    ) -> NDArray[np.floating[Any]]:
+        buffer = np.zeros((1, shape[1], self.context, shape[3]), dtype=dtype)
         _bind_input(self._binding, name, buffer)
         _bind_output(self._binding, name.replace("past_key_values", "present"), buffer)
         return buffer

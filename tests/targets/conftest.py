@@ -1,5 +1,7 @@
 """A small random FastVLM whose answers depend on the image, a tokenizer, and its ONNX folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +15,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fastvlm_export.exporter import checkpoint as checkpoints
-from fastvlm_export.exporter import graphs, pipeline
+from fastvlm_export.exporter import pipeline
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
+from fastvlm_export.quantize.apply import needs_calibration, quantize
+from fastvlm_export.quantize.calibration import load as load_calibration
 from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import onnx, onnx_files
 
@@ -108,7 +112,7 @@ def lively_model(vocab_size: int, *, tied: bool, seed: int = 0) -> FastVLM:
     return model
 
 
-def make_small(folder: Path, *, tied: bool) -> Small:
+def make_small(folder: Path, *, tied: bool, recipe: str = "fp32") -> Small:
     tokenizer = byte_tokenizer()
     model = lively_model(tokenizer.vocab_size, tied=tied)
     end = tokenizer.token_to_id("<|im_end|>")
@@ -124,20 +128,16 @@ def make_small(folder: Path, *, tied: bool) -> Small:
         image_token_id=tokenizer.vocab_size,
         eos_token_ids=(end,),
     )
-    return export(model, spec, folder)
+    return export(model, spec, folder, recipe)
 
 
-def export(model: FastVLM, spec: ExportSpec, folder: Path) -> Small:
-    built = graphs.build(
-        reparameterize(model).model,
-        resolution=spec.preprocessing.resolution,
-        context=spec.context,
-        image_token_id=spec.image_token_id,
-    )
-    programs = {name: graphs.export_program(graph) for name, graph in built.items()}
-    recipe = RECIPES["fp32"]
-    onnx.lower(programs, spec, recipe, folder)
-    return Small(model=model, spec=spec, recipe=recipe, programs=programs, folder=folder)
+def export(model: FastVLM, spec: ExportSpec, folder: Path, recipe: str = "fp32") -> Small:
+    chosen = RECIPES[recipe]
+    calibration = load_calibration(None) if needs_calibration(chosen) else None
+    folded = reparameterize(model).model
+    programs = dict(quantize(folded, chosen, spec, calibration, lambda _: None).programs)
+    onnx.lower(programs, spec, chosen, folder)
+    return Small(model=model, spec=spec, recipe=chosen, programs=programs, folder=folder)
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +148,41 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """With weights in several external data files, as large models have them."""
+    with in_data_files():
+        return make_small(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session", params=["fp16", "int8", "int4"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """Tied, with weights in data files, where embedding and head share one table."""
+    with in_data_files():
+        folder = tmp_path_factory.mktemp(request.param)
+        return make_small(folder, tied=True, recipe=request.param)
+
+
+@contextmanager
+def in_data_files() -> Iterator[None]:
+    """Treat small models as large ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_files, "INLINE_LIMIT", 10_000)
         patch.setattr(onnx_files, "CHUNK_LIMIT", 200_000)
-        return make_small(tmp_path_factory.mktemp("tied"), tied=True)
+        yield
+
+
+def bundled_model(folder: Path, recipe: str) -> Small:
+    checkpoint = checkpoints.bundled()
+    spec = pipeline.contract(checkpoint, None, None)
+    return export(checkpoint.model(), spec, folder, recipe)
 
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """The trained model that comes with the package."""
-    checkpoint = checkpoints.bundled()
-    spec = pipeline.contract(checkpoint, None, None)
-    return export(checkpoint.model(), spec, tmp_path_factory.mktemp("bundled"))
+    return bundled_model(tmp_path_factory.mktemp("bundled"), "fp32")
+
+
+@pytest.fixture(scope="session", params=["fp16", "int8", "int4"])
+def bundled_quantized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Small:
+    return bundled_model(tmp_path_factory.mktemp(request.param), request.param)
