@@ -29,8 +29,8 @@ from ..exporter.graphs import Graph, export_program
 from .ranges import Inputs, OpRange, lifted, scan
 
 LARGEST = torch.finfo(torch.float16).max  # 65504
-ROUNDING = 2.0**-11
-"""The largest relative error of a number in fp16's normal range."""
+WEIGHT_ERROR = 2.0**-8
+"""Most that fp16 may change a weight, relative and as norms: half of what int8 usually does."""
 
 CACHE = ("past_key_values", "present")
 """Interface tensors with these prefixes are fp16; every other floating-point one is float32."""
@@ -54,7 +54,7 @@ def to_half(
     """Trace the graph in fp16, but for operators whose magnitudes on `batches` exceed `limit`.
 
     pixel_values, image_features, inputs_embeds and logits stay float32, the cache becomes fp16.
-    An operator stays in float32, too, where fp16 would cost its weights more than rounding.
+    An operator stays in float32, too, where fp16 has not enough digits for its weights.
     `limit` infinity gives the naive conversion. Raises ExportError where float32 itself gives NaN
     or infinity, and where the cache would leave fp16's range.
     """
@@ -66,11 +66,9 @@ def to_half(
     _check_same(wide, program)
     widening = _Widening(graph, program, wide, _names_to_keep(wide, ranges, limit))
     widening.run()
-    return Half(
-        program=_rebuilt(program),
-        kept=tuple(r for r in ranges if r.node in widening.kept),
-        ranges=ranges,
-    )
+    kept = tuple(r for r in ranges if r.node in widening.kept)
+    say(f"{graph.name}: {len(kept)} of {len(ranges)} operators stay in float32")
+    return Half(program=_rebuilt(program), kept=kept, ranges=ranges)
 
 
 def _refuse_broken(name: str, ranges: Sequence[OpRange]) -> None:
@@ -144,15 +142,15 @@ def _names_to_keep(wide: ExportedProgram, ranges: Sequence[OpRange], limit: floa
 
 
 def _survives(weight: Tensor) -> bool:
-    """Whether fp16 costs a weight no more than rounding: |half(w) - w| <= 2^-11 |w| as norms.
+    """Whether |half(w) - w| <= 2^-8 |w|, as norms.
 
-    It costs more where most of the weight is below 6e-5 (layer scales folded into it, for one) or
-    some of it beyond 65504.
+    It is 2^-12 in fp16's normal range, more for weights far below 6e-5 (tiny layer scales folded
+    into them) and infinite for one beyond 65504.
     """
     if weight.dtype is not torch.float32:
         return True
     error, size = weight.half().float().sub_(weight).norm(), weight.norm()
-    return bool(error <= ROUNDING * size)
+    return bool(error <= WEIGHT_ERROR * size)
 
 
 class _Widening:

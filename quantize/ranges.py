@@ -137,7 +137,7 @@ def _inside(node: Node, args: tuple[Any, ...], value: Any) -> float:
     RoPE turns queries and keys without changing how long they are.
     """
     if node.target is torch.ops.aten.mean.dim:
-        return magnitude(value) * args[0].numel() / max(value.numel(), 1)
+        return float(magnitude(value) * args[0].numel() / max(value.numel(), 1))
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return _scores(args[0], args[1])
     if str(node.target) == "fastvlm.cached_attention.default":
