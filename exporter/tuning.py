@@ -1,0 +1,200 @@
+"""The flow of `sensitivity`: measure a recipe layer by layer, and mix precisions for a budget."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..quantize import recipe_file
+from ..quantize.calibration import Calibration, pixels
+from ..quantize.calibration import load as load_calibration
+from ..quantize.recipes import Recipe
+from ..quantize.weights import check_groups, layer_widths
+from ..targets import onnx_recipes
+from ..validate import sensitivity_mix as mixing
+from ..validate import sensitivity_report as reports
+from ..validate.sensitivity import POSITIONS, prompts
+from ..validate.sensitivity_budget import Budget, parse_budget
+from ..validate.sensitivity_report import Sensitivity
+from .checkpoint import Checkpoint
+from .clock import Clock
+from .errors import ExportError
+from .model.fastvlm import FastVLM, build
+from .progress import Progress, Silent
+from .reparameterize import reparameterize
+from .source import SourceRequest, contract, load_source
+
+LARGE = 10**8
+"""Parameters above which a prompt takes minutes, so that fewer are asked."""
+
+PROMPTS_OF_LARGE = 2
+DEFAULT_OUT = Path("recipe.toml")
+PLOTS: Mapping[str, Callable[[Sensitivity], str]] = {".svg": reports.svg, ".html": reports.page}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityRequest:
+    """What `sensitivity` was asked for. None means the checkpoint's own, or what is usual.
+
+    `recipe` is a built-in's name or a path of a TOML file; `prompts` how many calibration images
+    are asked about; `out` receives the recipe that `budget` leads to.
+    """
+
+    source: SourceRequest
+    recipe: str = "int4"
+    calibration: Path | None = None
+    resolution: int | None = None
+    context: int | None = None
+    prompts: int | None = None
+    budget: str | None = None
+    out: Path | None = None
+    plot: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    recipe: Recipe
+    calibration: Calibration
+    budget: Budget | None
+
+
+def sensitivity(request: SensitivityRequest, progress: Progress | None = None) -> Sensitivity:
+    """Measure each layer alone; with a budget, write the recipe that meets it at `out`.
+
+    Raises ExportError before any long work when the request itself is wrong.
+    """
+    clock = Clock(progress or Silent())
+    checked = _check(request)
+    recipe, budget = checked.recipe, checked.budget
+    clock.stage("Load the checkpoint")
+    checkpoint = load_source(request.source)
+    _check_layers(recipe, checkpoint, with_budget=budget is not None)
+    spec = contract(checkpoint, request.resolution, request.context)
+    clock.stage("Reparameterize the tower")
+    model = reparameterize(checkpoint.model(), clock.detail).model.eval()
+    shown = pixels(checked.calibration, spec.preprocessing)
+    clock.stage("Quantize every layer")
+    options = mixing.options(model, recipe, spec, shown, clock.detail, upgraded=budget is not None)
+    clock.stage("Let the original answer")
+    asked = prompts(model, _some(shown, request.prompts, model), spec, clock.detail)
+    clock.stage("Measure each layer alone")
+    measured = mixing.measure(options, asked, clock.detail)
+    found = Sensitivity(
+        source=checkpoint.name,
+        recipe=recipe.name,
+        prompts=len(asked),
+        positions=len(asked) * POSITIONS,
+        layers=mixing.layer_losses(options, measured),
+        together=measured.together,
+    )
+    if budget:
+        clock.stage("Mix precisions for the budget")
+        out = request.out or DEFAULT_OUT
+        mixed, made = mixing.mix(options, measured, budget, asked, str(out), clock.detail)
+        found = replace(found, mixed=mixed)
+        _write(out, recipe_file.write(made), "--out")
+    if request.plot:
+        _write(request.plot, PLOTS[request.plot.suffix.lower()](found), "--plot")
+    return found
+
+
+def _some(shown: list[Tensor], wanted: int | None, model: FastVLM) -> list[Tensor]:
+    """As many images as wanted, spread over all."""
+    if wanted is None:
+        large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+        wanted = PROMPTS_OF_LARGE if large else len(shown)
+    count = min(wanted, len(shown))
+    return [shown[index * len(shown) // count] for index in range(count)]
+
+
+def _check(request: SensitivityRequest) -> _Checked:
+    """All that is wrong with a request and can be known before work starts, at once."""
+    problems: list[ExportError] = []
+    recipe, calibration, budget = Recipe(name=""), None, None
+    out = request.out or (DEFAULT_OUT if request.budget else None)
+    try:
+        recipe = recipe_file.find(request.recipe)
+        if not any(precision.bits for precision in recipe.precisions):
+            raise ExportError(
+                f"Recipe '{recipe.name}' has no integer weights: there is nothing to measure.",
+                "Use one that has, such as --recipe int4.",
+            )
+    except ExportError as error:
+        problems.append(error)
+    try:
+        calibration = load_calibration(request.calibration)
+    except ExportError as error:
+        problems.append(error)
+    try:
+        budget = parse_budget(request.budget) if request.budget is not None else None
+    except ExportError as error:
+        problems.append(error)
+    if request.out and request.budget is None:
+        problems.append(
+            ExportError(
+                f"--out {request.out} without --budget: no recipe is written then.",
+                "Say what the recipe may lose or take, such as --budget 0.5% or --budget 400MB.",
+            )
+        )
+    for option, path, suffixes in (
+        ("--out", out, (recipe_file.SUFFIX,)),
+        ("--plot", request.plot, tuple(PLOTS)),
+    ):
+        if path:
+            problems += _path_problems(option, path, suffixes, force=request.force)
+    if problems or calibration is None:
+        raise ExportError(
+            "\n".join(error.message for error in problems),
+            "\n".join(dict.fromkeys(error.hint for error in problems if error.hint)),
+        )
+    return _Checked(recipe=recipe, calibration=calibration, budget=budget)
+
+
+def _path_problems(
+    option: str, path: Path, suffixes: tuple[str, ...], *, force: bool
+) -> list[ExportError]:
+    """Why a file can't be written there: known before hours of work, not after."""
+    folder = path.absolute().parent
+    if path.suffix.lower() not in suffixes:
+        kinds = " or ".join(suffixes)
+        return [
+            ExportError(f"{option} {path} does not end in {kinds}.", f"Name a file with {kinds}.")
+        ]
+    if not folder.is_dir():
+        return [ExportError(f"{option} {path}: there is no folder {folder}.", f"mkdir -p {folder}")]
+    if not os.access(folder, os.W_OK):
+        return [ExportError(f"{folder} is not writable.", f"Choose another {option}.")]
+    if path.is_dir():
+        return [ExportError(f"{option} {path} is a folder.", f"Name a file with {option}.")]
+    if path.exists() and not force:
+        return [
+            ExportError(f"{path} exists.", f"Choose another {option}, or replace it with --force.")
+        ]
+    return []
+
+
+def _check_layers(recipe: Recipe, checkpoint: Checkpoint, *, with_budget: bool) -> None:
+    """What can be wrong with a recipe once the layers' sizes are known."""
+    widths = layer_widths(build(checkpoint.config).decoder)
+    check_groups(recipe, widths)
+    if not with_budget:
+        return
+    # Upgrades give nothing that ONNX cannot express, so the recipe itself decides.
+    found = onnx_recipes.problems(recipe, widths, tied=checkpoint.config.decoder.tied)
+    if found:
+        raise ExportError(
+            "\n".join(found),
+            "Change the recipe, or leave out --budget: a mixed recipe is for exporting.",
+        )
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written: {error.strerror}.", f"Choose another {option}."
+        ) from error
