@@ -76,7 +76,9 @@ FLOAT16 = Limits(
 # sqrt(d * step), and after a few layers the last bit of a float32 sum has become a good part of the
 # rounding noise itself. That is no fault of an artifact: the bundled model's int8 reference against
 # itself, inputs moved by 2e-7, shows 2.9e-2 and 2.2e-2 (features, worst and RMS), 1e-3 (cosine),
-# 3e-2 and 6e-2 (logits), 8e-3 and 9e-4 (KL). The limits are twice that.
+# 3e-2 and 6e-2 (logits), 8e-3 and 9e-4 (KL), and ONNX Runtime 2.6e-2, 2.0e-2, 7e-4, 3.5e-2 and
+# 4.1e-2; end to end, where the tower's flips meet the decoder's, KL is 1.9e-2 and 1.8e-3. The
+# limits are two to three times that.
 INTEGER_ACTIVATIONS = Limits(
     pixels=0.0,
     features=6e-2,
@@ -85,8 +87,8 @@ INTEGER_ACTIVATIONS = Limits(
     embeddings=1e-6,
     logits=6e-2,
     logits_rms=0.12,
-    worst_kl=2e-2,
-    mean_kl=2e-3,
+    worst_kl=5e-2,
+    mean_kl=5e-3,
     answers=0.02,
 )
 
