@@ -141,7 +141,7 @@ class Recipe:
     head: Precision = Precision()
     layers: tuple[LayerRule, ...] = ()
     observer: Observer = Observer.MINMAX
-    percentile: float = 99.99
+    percentile: float = 99.999
     range_limit: float = 32752.0
     limits: LossLimits | None = None
 
