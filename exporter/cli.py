@@ -2,24 +2,18 @@
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bars
-from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from .console import messages, with_progress
 from .errors import ExportError
-from .progress import Progress, Silent
 
 if TYPE_CHECKING:
     from .pipeline import Outcome
     from .source import SourceRequest
-
-T = TypeVar("T")
 
 EXIT_GATE, EXIT_BAD_INPUT = 1, 2
 
@@ -66,61 +60,7 @@ BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder that an export wrote.")
 ]
 
-# Progress and errors; stdout is for results.
-_messages = Console(stderr=True)
 _results = Console()
-
-
-class _Bars:
-    """Progress in a terminal: a line a stage, with what it is at and how long it has taken."""
-
-    def __init__(self, bars: Bars) -> None:
-        self._bars = bars
-        self._task: TaskID | None = None
-
-    def stage(self, name: str) -> None:
-        """Finish the line of the stage before, begin the next."""
-        self.finish()
-        self._task = self._bars.add_task(name, total=1, detail="")
-
-    def detail(self, text: str) -> None:
-        """Say what the running stage is at."""
-        if self._task is not None:
-            self._bars.update(self._task, detail=text)
-
-    def finish(self) -> None:
-        """Mark the last stage as done."""
-        if self._task is not None:
-            self._bars.update(self._task, completed=1, detail="")
-
-
-class _Lines:
-    """Progress in a log: a line when a stage starts."""
-
-    def stage(self, name: str) -> None:
-        """Print the stage and the time of day."""
-        _messages.print(f"{time.strftime('%H:%M:%S')}  {name}", highlight=False)
-
-    def detail(self, text: str) -> None:
-        """Say nothing: a log is not watched."""
-
-
-def _with_progress(quiet: bool, action: "Callable[[Progress], T]") -> T:
-    if quiet:
-        return action(Silent())
-    if not _messages.is_terminal:
-        return action(_Lines())
-    columns = (
-        SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
-    )
-    with Bars(*columns, console=_messages) as bars:
-        progress = _Bars(bars)
-        result = action(progress)
-        progress.finish()
-    return result
 
 
 def _print_json(document: object) -> None:
@@ -186,7 +126,7 @@ def export(
     from . import pipeline  # noqa: PLC0415 - imports torch
 
     if checkpoint is None and random is None and not quiet:
-        _messages.print("No --checkpoint: exporting the bundled small model, fastvlm-digits.")
+        messages.print("No --checkpoint: exporting the bundled small model, fastvlm-digits.")
     request = pipeline.ExportRequest(
         source=_source(checkpoint, random, seed),
         out=out,
@@ -199,7 +139,7 @@ def export(
         force=force,
         plan=Plan(runs=runs, least_runs=min(runs, 3), loads=1),
     )
-    outcomes = _with_progress(quiet, lambda bars: pipeline.export(request, bars))
+    outcomes = with_progress(quiet, lambda bars: pipeline.export(request, bars))
     _finish(outcomes, as_json=as_json, quiet=quiet)
 
 
@@ -250,7 +190,7 @@ def validate(
     from . import pipeline  # noqa: PLC0415 - imports torch
 
     source = _source(checkpoint, random, seed) if checkpoint or random else None
-    outcome = _with_progress(
+    outcome = with_progress(
         quiet,
         lambda bars: pipeline.validate(
             bundle, source, calibration, tuple(image or ()), progress=bars
@@ -285,7 +225,7 @@ def bench(
         against=against,
         plan=Plan(runs=runs, least_runs=min(runs, 5)),
     )
-    found = _with_progress(quiet, lambda bars: running.bench(request, bars))
+    found = with_progress(quiet, lambda bars: running.bench(request, bars))
     if as_json:
         _print_json(found.to_dict())
     elif not quiet:
@@ -359,7 +299,7 @@ def sensitivity(
         plot=plot,
         force=force,
     )
-    found = _with_progress(quiet, lambda bars: tuning.sensitivity(request, bars))
+    found = with_progress(quiet, lambda bars: tuning.sensitivity(request, bars))
     if as_json:
         _print_json(found.to_dict())
     elif not quiet:
@@ -407,8 +347,8 @@ def main() -> None:
     except ExportError as error:
         if "--json" in sys.argv[1:]:
             _print_json({"error": {"message": error.message, "hint": error.hint}})
-        _messages.print("[bold red]Error[/]", end=" ")
-        _messages.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        messages.print("[bold red]Error[/]", end=" ")
+        messages.print(error.message, markup=False, highlight=False, soft_wrap=True)
         if error.hint:
-            _messages.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+            messages.print(error.hint, markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_BAD_INPUT)
