@@ -41,6 +41,7 @@ def test_metrics_on_numbers_known_by_hand():
     reference = np.array([[3.0, 4.0]], np.float32)
     assert metrics.max_abs(reference, reference + 1) == 1
     assert metrics.relative(reference, reference * 1.5) == 0.5
+    assert metrics.relative_rms(reference, reference + 1) == pytest.approx(2**0.5 / 5)
     assert metrics.cosine_distance(reference, reference * 7) < 1e-15
     assert metrics.cosine_distance(reference, np.array([[-4.0, 3.0]])) == pytest.approx(1.0)
     assert metrics.psnr(reference, reference) == math.inf
@@ -58,6 +59,8 @@ def test_a_zero_reference_matches_only_zero():
     zero = np.zeros((1, 3))
     assert metrics.relative(zero, zero) == 0
     assert metrics.relative(zero, zero + 1e-9) == math.inf
+    assert metrics.relative_rms(zero, zero) == 0
+    assert metrics.relative_rms(zero, zero + 1e-9) == math.inf
 
 
 @pytest.mark.parametrize(
