@@ -34,7 +34,7 @@ class Builder:
             value = ir.Value(
                 name=name,
                 const_value=tensor,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 type=ir.TensorType(tensor.dtype),
             )
             self.graph.register_initializer(value)

@@ -80,6 +80,16 @@ class Weights:
         """Blocks of one row."""
         return -(-self.depth // self.block)
 
+    def attributes(self, accuracy_level: int) -> dict[str, int]:
+        """MatMulNBits's: at level 4 ONNX Runtime rounds x as `round_activations` does, at 1 not."""
+        return {
+            "K": self.depth,
+            "N": self.rows,
+            "bits": self.bits,
+            "block_size": self.block,
+            "accuracy_level": accuracy_level,
+        }
+
     def table(self) -> ir.TensorProtocol:
         """[N,K] int8, as it is."""
         shape = (self.rows, self.depth)
@@ -129,10 +139,10 @@ def pack_bits(values: Integers, bits: int) -> NDArray[np.uint8]:
 
     [..., K] -> [..., K * bits / 8] uint8.
     """
-    shifted = (values.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    shifted: NDArray[np.uint8] = (values.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     if bits == 8:
         return shifted
     if bits != 4:
         raise NotImplementedError(f"{bits} bits: ONNX Runtime packs 4 and 8")
-    packed: NDArray[np.uint8] = shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+    packed: NDArray[np.uint8] = shifted[..., 0::2] + shifted[..., 1::2] * np.uint8(16)
     return packed

@@ -126,10 +126,7 @@ def _per_token(b: Builder, x: ir.Value | None, weights: Weights, bias: ir.Value 
 def _blocks(
     b: Builder, x: ir.Value | None, weights: Weights, bias: ir.Value | None, level: int
 ) -> ir.Value:
-    """x @ weights' + bias. At level 4 ONNX Runtime rounds x as `round_activations` does.
-
-    At level 1 it computes in float.
-    """
+    """x @ weights' + bias."""
     return b.op(
         "MatMulNBits",
         x,
@@ -139,11 +136,7 @@ def _blocks(
         None,
         bias,
         domain=MICROSOFT,
-        K=weights.depth,
-        N=weights.rows,
-        bits=weights.bits,
-        block_size=weights.block,
-        accuracy_level=level,
+        **weights.attributes(level),
     )
 
 

@@ -12,7 +12,7 @@ import onnxscript.rewriter.pattern as patterns
 from onnxscript import rewriter
 
 from .onnx_attention import MICROSOFT
-from .onnx_static import STATIC_LINEAR
+from .onnx_static import STATIC_LINEAR, WEIGHT_ONLY_LINEAR
 
 
 def rewrite(model: ir.Model) -> None:
@@ -20,7 +20,7 @@ def rewrite(model: ir.Model) -> None:
     rewriter.rewrite(
         model, pattern_rewrite_rules=[_CHANNEL_NORM, _RMS_NORM, _HALF_RMS_NORM, STATIC_LINEAR]
     )
-    rewriter.rewrite(model, pattern_rewrite_rules=[_SKIP_RMS_NORM])
+    rewriter.rewrite(model, pattern_rewrite_rules=[_SKIP_RMS_NORM, WEIGHT_ONLY_LINEAR])
     fold_transposed_weights(model)
 
 

@@ -112,7 +112,7 @@ def lively_model(vocab_size: int, *, tied: bool, seed: int = 0) -> FastVLM:
     return model
 
 
-def make_small(folder: Path, *, tied: bool, recipe: str = "fp32") -> Small:
+def make_small(folder: Path, *, tied: bool, recipe: Recipe = RECIPES["fp32"]) -> Small:
     tokenizer = byte_tokenizer()
     model = lively_model(tokenizer.vocab_size, tied=tied)
     end = tokenizer.token_to_id("<|im_end|>")
@@ -131,13 +131,12 @@ def make_small(folder: Path, *, tied: bool, recipe: str = "fp32") -> Small:
     return export(model, spec, folder, recipe)
 
 
-def export(model: FastVLM, spec: ExportSpec, folder: Path, recipe: str = "fp32") -> Small:
-    chosen = RECIPES[recipe]
-    calibration = load_calibration(None) if needs_calibration(chosen) else None
+def export(model: FastVLM, spec: ExportSpec, folder: Path, recipe: Recipe) -> Small:
+    calibration = load_calibration(None) if needs_calibration(recipe) else None
     folded = reparameterize(model).model
-    programs = dict(quantize(folded, chosen, spec, calibration, lambda _: None).programs)
-    onnx.lower(programs, spec, chosen, folder)
-    return Small(model=model, spec=spec, recipe=chosen, programs=programs, folder=folder)
+    programs = dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
+    onnx.lower(programs, spec, recipe, folder)
+    return Small(model=model, spec=spec, recipe=recipe, programs=programs, folder=folder)
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +156,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """Tied, with weights in data files, where embedding and head share one table."""
     with in_data_files():
         folder = tmp_path_factory.mktemp(request.param)
-        return make_small(folder, tied=True, recipe=request.param)
+        return make_small(folder, tied=True, recipe=RECIPES[request.param])
 
 
 @contextmanager
@@ -172,7 +171,7 @@ def in_data_files() -> Iterator[None]:
 def bundled_model(folder: Path, recipe: str) -> Small:
     checkpoint = checkpoints.bundled()
     spec = pipeline.contract(checkpoint, None, None)
-    return export(checkpoint.model(), spec, folder, recipe)
+    return export(checkpoint.model(), spec, folder, RECIPES[recipe])
 
 
 @pytest.fixture(scope="session")

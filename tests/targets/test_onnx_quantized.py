@@ -16,12 +16,14 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from fastvlm_export.quantize import ops
+from fastvlm_export.quantize import activations, ops
 from fastvlm_export.targets import onnx_files
 from fastvlm_export.targets.onnx_lowering import Interface, to_onnx
 from fastvlm_export.targets.onnx_pack import pack_bits
 
 LIMIT = 3e-6
+
+assert activations  # importing it registers PT2E's operators
 
 
 class Layer(nn.Module):
@@ -230,3 +232,39 @@ def test_what_no_kernel_computes_is_refused(
     layer.activation_group = activation_group
     with pytest.raises(NotImplementedError, match=f"{bits} bits in {groups} groups"):
         saved(layer, torch.zeros(2, 3, 48), tmp_path / "layer.onnx")
+
+
+class StaticPair(nn.Module):
+    """Two linear layers as PT2E writes them: equal weights, inputs of other ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = integers(-127, 128, (24, 48))
+        for name in ("first", "second"):
+            self.register_buffer(f"{name}_weight", weight.clone())
+            self.register_buffer(f"{name}_scale", torch.full((24,), 0.01))
+            self.register_buffer(f"{name}_zeros", torch.zeros(24, dtype=torch.int64))
+
+    def layer(self, name: str, x: Tensor, scale: float, zero: int) -> Tensor:
+        limits = (0, 255, torch.uint8)
+        ops = torch.ops.quantized_decomposed
+        x = ops.quantize_per_tensor(x, scale, zero, *limits)
+        x = ops.dequantize_per_tensor(x, scale, zero, *limits)
+        parts = (getattr(self, f"{name}_{part}") for part in ("weight", "scale", "zeros"))
+        weight = ops.dequantize_per_channel(*parts, 0, -127, 127, torch.int8)
+        return nn.functional.linear(x, weight, torch.ones(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layer("first", x, 0.02, 128)
+        return first + self.layer("second", x.cos(), 0.01, 100)
+
+
+def test_static_linear_layers_multiply_integers_with_scales_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pair, path = StaticPair(), tmp_path / "pair.onnx"
+    model = saved(pair, torch.zeros(2, 3, 48), path)
+    found = operators(model)
+    assert found["MatMulInteger"] == 2
+    assert not found["DequantizeLinear"]
+    assert not found["MatMul"]
+    assert worst(pair, path, torch.randn(1, 5, 48)) < LIMIT

@@ -13,6 +13,8 @@ from PIL import Image
 
 from fastvlm_export.exporter.preprocess import preprocess, read_image
 from fastvlm_export.exporter.prompt import prompt_ids, qwen_2_prompt
+from fastvlm_export.targets import onnx
+from fastvlm_export.targets.base import Session
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
 
@@ -50,13 +52,14 @@ def run_client(node: str, folder: Path, images: list[Path]) -> dict[str, Any]:
     return answer
 
 
-def check_client(node: str, exported: Any, images: list[Path]) -> list[list[int]]:
-    """The client's prompt, pixels and greedy tokens are PyTorch's; returns the tokens."""
+def check_client(
+    node: str, exported: Any, reference: Session, images: list[Path]
+) -> list[list[int]]:
+    """The client's prompt, pixels and greedy tokens are the reference's; returns the tokens."""
     spec = exported.spec
     outcome = run_client(node, exported.folder, images)
     assert outcome["prompt"] == qwen_2_prompt(QUESTION)
 
-    reference = EagerSession(exported.model, spec.context)
     expected_ids = prompt_ids(spec.tokenizer, QUESTION, spec.image_token_id, spec.image_tokens)
     generated = []
     for path, answer in zip(images, outcome["answers"], strict=True):
@@ -76,29 +79,61 @@ def check_client(node: str, exported: Any, images: list[Path]) -> list[list[int]
     return generated
 
 
+def random_images(exported: Any, folder: Path) -> list[Path]:
+    """At the model's own size: the client's bicubic is not PIL's, so only then are pixels equal."""
+    size = exported.spec.preprocessing.resolution
+    images = []
+    for seed in range(3):
+        values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST)
+        images.append(folder / f"{seed}.png")
+        image.save(images[-1])
+    return images
+
+
+def check_answers_differ(generated: list[list[int]], different: int) -> None:
+    assert len({tuple(tokens) for tokens in generated}) >= different, "the image must matter"
+    assert max(len(set(tokens)) for tokens in generated) > 4, "a constant answer proves nothing"
+
+
 @pytest.mark.parametrize("which", ["small", "tied"])
 def test_greedy_tokens_are_pytorchs(
     which: str, node: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     exported = request.getfixturevalue(which)
-    size = exported.spec.preprocessing.resolution
-    images = []
-    for seed in range(3):
-        values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        # At the model's own size: the client's bicubic is not PIL's, so only then are pixels equal.
-        image = Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST)
-        images.append(tmp_path / f"{seed}.png")
-        image.save(images[-1])
-    generated = check_client(node, exported, images)
-    assert len({tuple(tokens) for tokens in generated}) == len(images), "the image must matter"
-    assert max(len(set(tokens)) for tokens in generated) > 4, "a constant answer proves nothing"
+    reference = EagerSession(exported.model, exported.spec.context)
+    images = random_images(exported, tmp_path)
+    check_answers_differ(check_client(node, exported, reference, images), len(images))
 
 
-def test_the_bundled_model_reads_numbers_in_the_client(node: str, bundled) -> None:
-    """Through the client, the trained model reads the digits of the images in the package."""
+def test_quantized_greedy_tokens_are_our_own_sessions(
+    node: str, quantized: Any, tmp_path: Path
+) -> None:
+    """Ours is held to PyTorch elsewhere; here both must read one folder, named by its suffix."""
+    reference = onnx.open(quantized.bundle)
+    images = random_images(quantized, tmp_path)
+    # Two images may look alike to a random model whose features are rounded.
+    check_answers_differ(check_client(node, quantized, reference, images), 2)
+
+
+def numbers_read(node: str, exported: Any, reference: Session) -> tuple[list[str], list[str]]:
+    """What the client reads on the images in the package, and what is on them."""
     folder = Path(str(resources.files("fastvlm_export.exporter"))) / "assets" / "images"
     images = sorted(folder.glob("*.png"))
     assert images
-    read = [bundled.spec.tokenizer.decode(t) for t in check_client(node, bundled, images)]
+    generated = check_client(node, exported, reference, images)
     # The files are named after what is on them: "green-425.png".
-    assert read == [path.stem.split("-")[1] for path in images]
+    shown = [path.stem.split("-")[1] for path in images]
+    return [exported.spec.tokenizer.decode(tokens) for tokens in generated], shown
+
+
+def test_the_bundled_model_reads_numbers_in_the_client(node: str, bundled: Any) -> None:
+    read, shown = numbers_read(node, bundled, EagerSession(bundled.model, bundled.spec.context))
+    assert read == shown
+
+
+def test_the_bundled_model_reads_numbers_under_each_recipe(
+    node: str, bundled_quantized: Any
+) -> None:
+    read, shown = numbers_read(node, bundled_quantized, onnx.open(bundled_quantized.bundle))
+    assert read == shown
