@@ -78,6 +78,8 @@ def sensitivity(request: SensitivityRequest, progress: Progress | None = None) -
     shown = pixels(checked.calibration, spec.preprocessing)
     clock.stage("Quantize every layer")
     options = mixing.options(model, recipe, spec, shown, clock.detail, upgraded=budget is not None)
+    if budget:
+        mixing.check_size(options, budget)
     clock.stage("Let the original answer")
     asked = prompts(model, _some(shown, request.prompts, model), spec, clock.detail)
     clock.stage("Measure each layer alone")

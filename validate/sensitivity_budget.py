@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from ..exporter.errors import ExportError
 from ..exporter.model.fastvlm import FastVLM
 from ..quantize.recipes import EMBEDDING, HEAD, LayerRule, Precision, Recipe
-from . import formats
 
 _BUDGET = re.compile(r"(\d{1,12}(?:\.\d*)?|\.\d+)\s*(%|[kMG]?B)", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -158,12 +157,6 @@ def within_loss(
 def within_size(ladders: Sequence[Ladder], path: Sequence[Choice], limit: int, rest: int) -> Choice:
     """The path's upgrades in their order, those left out that do not fit."""
     choice = path[0]
-    if size_of(ladders, choice, rest) > limit:
-        raise ExportError(
-            f"The recipe's own weights take {formats.size(size_of(ladders, choice, rest))}, more "
-            f"than --budget allows ({formats.size(limit)}).",
-            "Give a larger --budget, or a --recipe with fewer bits.",
-        )
     for before, after in itertools.pairwise(path):
         index = next(i for i, rung in enumerate(after) if rung != before[i])
         upgraded = (*choice[:index], after[index], *choice[index + 1 :])

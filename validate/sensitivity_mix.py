@@ -10,6 +10,7 @@ from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import EMBEDDING, HEAD, LayerRule, Precision, Recipe, part_of
 from ..quantize.simulate import layer_names, variants
+from . import formats
 from .sensitivity import Change, Prompt, losses
 from .sensitivity_budget import (
     Budget,
@@ -133,6 +134,22 @@ def layer_losses(found: Options, measured: Losses) -> tuple[LayerLoss, ...]:
     )
 
 
+def check_size(found: Options, budget: Budget) -> None:
+    """Raise ExportError for a size that the recipe itself exceeds: known before measuring."""
+    nothing = Losses(
+        alone={layer: dict.fromkeys(modules, 0.0) for layer, modules in found.modules.items()},
+        together=0.0,
+    )
+    steps = ladders(found, nothing)
+    size = size_of(steps, (0,) * len(steps), _rest(found, steps))
+    if budget.size is not None and size > budget.size:
+        raise ExportError(
+            f"The recipe's own weights take {formats.size(size)}, more than --budget allows "
+            f"({formats.size(budget.size)}).",
+            "Give a larger --budget, or a --recipe with fewer bits.",
+        )
+
+
 def ladders(found: Options, measured: Losses) -> list[Ladder]:
     """Each layer's precisions up to float. A tied table's two uses move together, stored once."""
     tied = not hasattr(found.model.decoder, "lm_head")
@@ -141,6 +158,11 @@ def ladders(found: Options, measured: Losses) -> list[Ladder]:
     if pair:
         groups.append(pair)
     return [_ladder(found, measured, layers) for layers in groups]
+
+
+def _rest(found: Options, steps: Sequence[Ladder]) -> int:
+    """Bytes of the weights that no ladder holds."""
+    return float_size(found.model) - sum(ladder.rungs[-1].size for ladder in steps)
 
 
 def _ladder(found: Options, measured: Losses, layers: tuple[str, ...]) -> Ladder:
@@ -164,10 +186,10 @@ def _ladder(found: Options, measured: Losses, layers: tuple[str, ...]) -> Ladder
 def mix(
     found: Options, measured: Losses, budget: Budget, asked: Sequence[Prompt], path: str, say: Say
 ) -> tuple[Mixed, Recipe]:
-    """The recipe for a budget, and what it takes and loses. Raises ExportError if none can be."""
+    """The recipe for a budget that `check_size` lets pass, and what it takes and loses."""
     steps = ladders(found, measured)
     order = upgrades(steps)
-    rest = float_size(found.model) - sum(ladder.rungs[-1].size for ladder in steps)
+    rest = _rest(found, steps)
 
     def loss(choice: Choice) -> float:
         say(f"measure a recipe of {size_of(steps, choice, rest) / 1e6:.4g} MB")

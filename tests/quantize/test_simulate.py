@@ -1,7 +1,6 @@
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,12 +8,8 @@ from torch import Tensor, nn
 
 from fastvlm_export.exporter.model.decoder import CacheInputsDecoder
 from fastvlm_export.exporter.model.fastvlm import FastVLM
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.prompt import prompt_ids
-from fastvlm_export.exporter.reparameterize import reparameterize
-from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.quantize.apply import quantize
-from fastvlm_export.quantize.calibration import Calibration, load, pixels
 from fastvlm_export.quantize.recipes import (
     EMBEDDING,
     HEAD,
@@ -30,7 +25,7 @@ from fastvlm_export.quantize.runnable import runnable
 from fastvlm_export.quantize.simulate import layer_names, simulated, variants
 from fastvlm_export.quantize.weights import QuantizedLinear
 
-from ..targets.conftest import byte_tokenizer, lively_model
+from .simulations import Simulation, simulation
 
 MIXED = Recipe(
     name="mixed",
@@ -48,43 +43,6 @@ MIXED = Recipe(
     ),
     observer=Observer.PERCENTILE,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Simulation:
-    model: FastVLM
-    spec: ExportSpec
-    recipe: Recipe
-    calibration: Calibration
-    shown: list[Tensor]
-    layers: Mapping[str, nn.Module]
-
-
-def simulation(recipe: Recipe, *, tied: bool) -> Simulation:
-    tokenizer = byte_tokenizer()
-    raw = lively_model(tokenizer.vocab_size, tied=tied)
-    spec = ExportSpec(
-        decoder=raw.config.decoder,
-        features=raw.config.tower.features,
-        projector_layers=raw.config.projector_layers,
-        context=160,
-        image_tokens=raw.config.tower.image_tokens(128),
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=128),
-        tokenizer=tokenizer,
-        image_token_id=tokenizer.vocab_size,
-        eos_token_ids=(0,),
-    )
-    model = reparameterize(raw).model.eval()
-    calibration = dataclasses.replace(load(None), images=load(None).images[3:6])
-    shown = pixels(calibration, spec.preprocessing)
-    return Simulation(
-        model=model,
-        spec=spec,
-        recipe=recipe,
-        calibration=calibration,
-        shown=shown,
-        layers=variants(model, recipe, spec, shown, lambda _: None),
-    )
 
 
 @pytest.fixture(scope="module")
