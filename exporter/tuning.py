@@ -1,16 +1,19 @@
 """The flow of `sensitivity`: measure a recipe layer by layer, and mix precisions for a budget."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..quantize import recipe_file
 from ..quantize.calibration import Calibration, pixels
 from ..quantize.calibration import load as load_calibration
-from ..quantize.recipes import Recipe
+from ..quantize.recipes import Recipe, unused_rules
+from ..quantize.simulate import layer_names
 from ..quantize.weights import check_groups, layer_widths
 from ..targets import onnx_recipes
 from ..validate import sensitivity_mix as mixing
@@ -18,10 +21,9 @@ from ..validate import sensitivity_report as reports
 from ..validate.sensitivity import POSITIONS, prompts
 from ..validate.sensitivity_budget import Budget, parse_budget
 from ..validate.sensitivity_report import Sensitivity
-from .checkpoint import Checkpoint
 from .clock import Clock
 from .errors import ExportError
-from .model.fastvlm import FastVLM, build
+from .model.fastvlm import FastVLM
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
 from .source import SourceRequest, contract, load_source
@@ -71,43 +73,64 @@ def sensitivity(request: SensitivityRequest, progress: Progress | None = None) -
     recipe, budget = checked.recipe, checked.budget
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
-    _check_layers(recipe, checkpoint, with_budget=budget is not None)
     spec = contract(checkpoint, request.resolution, request.context)
     clock.stage("Reparameterize the tower")
     model = reparameterize(checkpoint.model(), clock.detail).model.eval()
+    _check_layers(recipe, model, with_budget=budget is not None)
     shown = pixels(checked.calibration, spec.preprocessing)
-    clock.stage("Quantize every layer")
-    options = mixing.options(model, recipe, spec, shown, clock.detail, upgraded=budget is not None)
-    if budget:
-        mixing.check_size(options, budget)
-    clock.stage("Let the original answer")
-    asked = prompts(model, _some(shown, request.prompts, model), spec, clock.detail)
-    clock.stage("Measure each layer alone")
-    measured = mixing.measure(options, asked, clock.detail)
-    found = Sensitivity(
-        source=checkpoint.name,
-        recipe=recipe.name,
-        prompts=len(asked),
-        positions=len(asked) * POSITIONS,
-        layers=mixing.layer_losses(options, measured),
-        together=measured.together,
-    )
-    if budget:
-        clock.stage("Mix precisions for the budget")
-        out = request.out or DEFAULT_OUT
-        mixed, made = mixing.mix(options, measured, budget, asked, str(out), clock.detail)
-        found = replace(found, mixed=mixed)
-        _write(out, recipe_file.write(made), "--out")
+    with _threads_for(model):
+        clock.stage("Quantize every layer")
+        options = mixing.options(
+            model, recipe, spec, shown, clock.detail, upgraded=budget is not None
+        )
+        if budget:
+            mixing.check_size(options, budget)
+        clock.stage("Let the original answer")
+        asked = prompts(model, _some(shown, request.prompts, model), spec, clock.detail)
+        clock.stage("Measure each layer alone")
+        measured = mixing.measure(options, asked, clock.detail)
+        found = Sensitivity(
+            source=checkpoint.name,
+            recipe=recipe.name,
+            prompts=len(asked),
+            positions=len(asked) * POSITIONS,
+            layers=mixing.layer_losses(options, measured),
+            together=measured.together,
+        )
+        if budget:
+            clock.stage("Mix precisions for the budget")
+            out = request.out or DEFAULT_OUT
+            mixed, made = mixing.mix(options, measured, budget, asked, str(out), clock.detail)
+            found = replace(found, mixed=mixed)
+            _write(out, recipe_file.write(made), "--out")
     if request.plot:
         _write(request.plot, PLOTS[request.plot.suffix.lower()](found), "--plot")
     return found
 
 
+def _is_large(model: FastVLM) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) > LARGE
+
+
+@contextmanager
+def _threads_for(model: FastVLM) -> Iterator[None]:
+    """One thread for a small model: its operators take less time than threads need to meet.
+
+    On a busy machine that is minutes, and results would depend on the number of cores.
+    """
+    before = torch.get_num_threads()
+    if not _is_large(model):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _some(shown: list[Tensor], wanted: int | None, model: FastVLM) -> list[Tensor]:
     """As many images as wanted, spread over all."""
     if wanted is None:
-        large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
-        wanted = PROMPTS_OF_LARGE if large else len(shown)
+        wanted = PROMPTS_OF_LARGE if _is_large(model) else len(shown)
     count = min(wanted, len(shown))
     return [shown[index * len(shown) // count] for index in range(count)]
 
@@ -178,19 +201,18 @@ def _path_problems(
     return []
 
 
-def _check_layers(recipe: Recipe, checkpoint: Checkpoint, *, with_budget: bool) -> None:
-    """What can be wrong with a recipe once the layers' sizes are known."""
-    widths = layer_widths(build(checkpoint.config).decoder)
+def _check_layers(recipe: Recipe, model: FastVLM, *, with_budget: bool) -> None:
+    """What can be wrong with a recipe once the layers are known."""
+    widths = layer_widths(model.decoder)
     check_groups(recipe, widths)
-    if not with_budget:
-        return
-    # Upgrades give nothing that ONNX cannot express, so the recipe itself decides.
-    found = onnx_recipes.problems(recipe, widths, tied=checkpoint.config.decoder.tied)
+    found = unused_rules(recipe, layer_names(model))
+    hint = "Change the recipe."
+    if with_budget:
+        # Upgrades give nothing that ONNX cannot express, so the recipe itself decides.
+        found += onnx_recipes.problems(recipe, widths, tied=model.config.decoder.tied)
+        hint = "Change the recipe, or leave out --budget: a mixed recipe is for exporting."
     if found:
-        raise ExportError(
-            "\n".join(found),
-            "Change the recipe, or leave out --budget: a mixed recipe is for exporting.",
-        )
+        raise ExportError("\n".join(found), hint)
 
 
 def _write(path: Path, text: str, option: str) -> None:

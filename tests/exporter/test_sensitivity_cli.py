@@ -1,5 +1,6 @@
 """`fastvlm-export sensitivity` as a user meets it, on the bundled model and two prompts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -113,3 +114,9 @@ def test_a_mixed_recipe_that_onnx_cannot_express_is_refused_before_work(tmp_path
     with pytest.raises(tuning.ExportError, match=r"embedding\.bits") as error:
         tuning.sensitivity(request)
     assert "leave out --budget" in error.value.hint
+    # Misspelt layers are found before work, too, with a budget or without.
+    path.write_text(
+        'base = "int4"\nname = "own"\n[[layers]]\npattern = "decoder.layers.9.*"\nkeep = true\n'
+    )
+    with pytest.raises(tuning.ExportError, match="matches no layer"):
+        tuning.sensitivity(dataclasses.replace(request, budget=None, out=None))
