@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..exporter import graphs
+from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph
 from ..exporter.model.decoder import CacheInputsDecoder
 from ..exporter.model.fastvlm import FastVLM
@@ -77,6 +78,11 @@ def quantize(
     model: FastVLM, recipe: Recipe, spec: ExportSpec, calibration: Calibration | None, say: Say
 ) -> Quantized:
     """Trace a reparameterized model's graphs under a recipe. The model itself is not changed."""
+    if recipe.float_format is Float.FP16 and _has_bits(recipe, Part.VISION):
+        raise ExportError(
+            f"Recipe '{recipe.name}' asks for integers inside a float16 tower, which is not built.",
+            'Use float = "fp32", or leave the vision part without bits.',
+        )
     shown = [] if calibration is None else pixels(calibration, spec.preprocessing)
     model = _same_weights(model)
     sequences: list[Tensor] = []

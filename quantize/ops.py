@@ -19,7 +19,8 @@ def dequantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tens
     values = weight.reshape(rows, groups, width // groups).to(scale.dtype)
     if zero_point is not None:
         values = values - zero_point[:, :, None].to(scale.dtype)
-    return (values * scale[:, :, None]).reshape(rows, width)
+    out: Tensor = (values * scale[:, :, None]).reshape(rows, width)
+    return out
 
 
 def round_activations(x: Tensor, activation_group: int) -> Tensor:
@@ -78,7 +79,8 @@ def quantized_embedding(
     ids = input_ids.flatten()
     zeros = None if zero_point is None else zero_point[ids]
     rows = dequantize(weight[ids], scale[ids], zeros)
-    return rows.unflatten(0, input_ids.shape)
+    out: Tensor = rows.unflatten(0, input_ids.shape)
+    return out
 
 
 @quantized_embedding.register_fake
