@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from . import doctor, prompt
 from .bundle import Bundle, Manifest, Source
 from .checkpoint import Checkpoint
 from .clock import Clock
+from .config import FastVLMConfig
 from .errors import ExportError
 from .model.fastvlm import FastVLM, build
 from .progress import Progress, Silent
@@ -88,7 +89,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     out = Path(os.path.normpath(request.out.absolute()))
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
-    _refuse(recipe, chosen, build(checkpoint.config))
+    _refuse(recipe, chosen, build(_folded(checkpoint.config)))
     spec = contract(checkpoint, request.resolution, request.context)
     images = samples(request.images)
     clock.stage("Reparameterize the tower")
@@ -199,6 +200,11 @@ def _check(request: ExportRequest) -> tuple[dict[str, Target], Recipe, Calibrati
             "\n".join(dict.fromkeys(error.hint for error in problems if error.hint)),
         )
     return chosen, recipe, calibration
+
+
+def _folded(config: FastVLMConfig) -> FastVLMConfig:
+    """The sizes after reparameterization, whose layers a recipe speaks about."""
+    return replace(config, tower=replace(config.tower, train_form=False))
 
 
 def _refuse(recipe: Recipe, chosen: Mapping[str, Target], model: FastVLM | None = None) -> None:

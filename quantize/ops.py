@@ -34,7 +34,8 @@ def round_activations(x: Tensor, activation_group: int) -> Tensor:
     groups = x.unflatten(-1, (-1, size))
     scale = groups.abs().amax(-1, keepdim=True) / 127
     rounded = torch.round(groups / torch.where(scale > 0, scale, 1.0))
-    return (rounded * scale).flatten(-2)
+    out: Tensor = (rounded * scale).flatten(-2)
+    return out
 
 
 @torch.library.custom_op("fastvlm::quantized_linear", mutates_args=())

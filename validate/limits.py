@@ -14,7 +14,8 @@ class Limits:
     parts of the reference's peak; `features_rms` and `logits_rms` are RMS of the difference in
     parts of the reference's RMS; `cosine` is 1 - cosine of the worst image token; `worst_kl` and
     `mean_kl` are in nats; `answers` is the share of the bundled task's questions that may be
-    answered otherwise. Token disagreements are never allowed, but for ties: see `Tie`.
+    answered otherwise. `tokens` may differ in each case beside ties, which are tokens whose logits
+    lie within twice `tie` of the peak: see `Tie`.
     """
 
     pixels: float
@@ -27,6 +28,8 @@ class Limits:
     worst_kl: float
     mean_kl: float
     answers: float
+    tie: float
+    tokens: float = 0.0
 
 
 # Both sides compute in float32 and only the order of sums differs (folded convolutions, fused
@@ -45,6 +48,7 @@ FLOAT32 = Limits(
     worst_kl=1e-5,
     mean_kl=2e-6,
     answers=0.0,
+    tie=1e-4,
 )
 
 # The integers and scales are the reference's own and the sums stay in float32. Integer times scale
@@ -69,6 +73,7 @@ FLOAT16 = Limits(
     worst_kl=2e-3,
     mean_kl=3e-4,
     answers=0.0,
+    tie=1e-2,
 )
 
 # An activation that is off by d lands on the other side of a rounding boundary in d / step of all
@@ -90,6 +95,7 @@ INTEGER_ACTIVATIONS = Limits(
     worst_kl=5e-2,
     mean_kl=5e-3,
     answers=0.02,
+    tie=6e-2,
 )
 
 

@@ -281,7 +281,7 @@ class _Comparison:
             "RMS relative": self.limits.logits_rms,
             "worst KL": self.limits.worst_kl,
             "mean KL": self.limits.mean_kl,
-            "top-1 differs": 0.0,
+            "top-1 differs": self.limits.tokens,
         }
         rows = [row for row in ours if not isinstance(row, _Absent)]
         flaw = "no position was compared" if not ours else ""
@@ -311,7 +311,7 @@ class _Comparison:
         """A tie where the reference prefers its token to `token` by no more than rounding."""
         best = int(row.argmax())
         margin = float(row[best]) - float(row[token])
-        noise = 2 * self.limits.logits * float(np.abs(row).max())
+        noise = 2 * self.limits.tie * float(np.abs(row).max())
         if margin > noise:
             return None
         return Tie(
@@ -342,15 +342,15 @@ class _Comparison:
         name = "tokens differ"
         if isinstance(ours, _Absent) or not ours:
             flaw = ours.reason if isinstance(ours, _Absent) else "no token was compared"
-            checks = [missing(name, 0.0, flaw)]
+            checks = [missing(name, self.limits.tokens, flaw)]
             return self._measurement(Stage.GREEDY, Scope.END_TO_END, checks, {})
         theirs = self.recording.tokens[: len(ours)]
         ties = sum(tie.stage is Stage.GREEDY for tie in self.ties)
         differ = sum(a != b for a, b in zip(theirs, ours, strict=True)) - ties
         compared = len(ours) - ties
-        check = Check(name=name, value=float(differ), limit=0.0)
+        check = Check(name=name, value=float(differ), limit=self.limits.tokens)
         if not compared:
-            check = missing(name, 0.0, "every token is a tie: none was compared")
+            check = missing(name, self.limits.tokens, "every token is a tie: none was compared")
         numbers = {
             "tokens": float(compared),
             "matching": float(compared - differ),

@@ -15,6 +15,7 @@ from ..exporter.prompt import prompt_ids
 from ..exporter.samples import Sample
 from ..exporter.source import SourceRequest
 from ..exporter.spec import ExportSpec
+from ..exporter.tensor_names import Layout
 from ..exporter.tokenizer import Tokenizer, read_tokenizer
 from ..quantize.recipes import Recipe
 from ..targets.base import Session
@@ -23,8 +24,9 @@ from . import accuracy, digits, latency, parity
 from .accuracy import AccuracyReport
 from .checks import Check
 from .digits import Question
+from .floor import has_floor, rounding_floor, widened
 from .latency import Backend, LatencyResult, Plan, Subject
-from .limits import limits_for
+from .limits import Limits, limits_for
 from .loss import Answers, QuantizationLoss, measure_loss
 from .parity import ParityResult
 from .recording import Case, Recording, record
@@ -58,9 +60,11 @@ class Baseline:
 
     `recordings` and `answers` are the quantized model's where there is one, else the checkpoint's
     as it was stored; then there is no `loss`. Only the bundled model is asked for answers.
+    `limits` are what artifacts are held to.
     """
 
     reference: Reference
+    limits: Limits
     recordings: tuple[Recording, ...]
     answers: AccuracyReport | None
     loss: QuantizationLoss | None
@@ -131,19 +135,29 @@ def examine(reference: Reference, images: Sequence[Sample], clock: Clock) -> Bas
     session: Session = EagerSession(reference.checkpoint.model(), spec.context)
     recordings = record(session, cases, STEPS, clock.detail)
     answers, loss = ask(session, "PyTorch"), None
+    limits = limits_for(reference.recipe)
     if reference.quantized:
         del session
         gc.collect()  # graph modules refer to themselves
         clock.stage("Run the quantized model in PyTorch")
         session = reference.quantized()
-        loss = measure_loss(recordings, session, reference.recipe.limits, clock.detail)
+        # Random weights know nothing that could be lost: their loss is shown, not judged.
+        is_random = reference.checkpoint.layout is Layout.RANDOM
+        allowed = None if is_random else reference.recipe.limits
+        loss = measure_loss(recordings, session, allowed, clock.detail)
         recordings = record(session, cases, STEPS, clock.detail)
         original, answers = answers, None
         if original and not any(case.flaw for case in loss.cases):  # NaN writes no answer
             answers = ask(session, "PyTorch, quantized")
         if original and answers:
             loss = replace(loss, answers=Answers(original=original, quantized=answers))
-    return Baseline(reference=reference, recordings=recordings, answers=answers, loss=loss)
+        if has_floor(reference.recipe):
+            clock.stage("Measure the rounding floor of the quantized model")
+            floor = rounding_floor(recordings, session, limits, clock.detail)
+            limits = widened(limits, floor)
+    return Baseline(
+        reference=reference, limits=limits, recordings=recordings, answers=answers, loss=loss
+    )
 
 
 def prove(
@@ -167,7 +181,7 @@ def prove(
     tokenizer = read_tokenizer(bundle.path)
     clock.stage("Check parity with PyTorch")
     cases = [_case(sample, bundle.manifest, tokenizer) for sample in images]
-    limits = limits_for(baseline.reference.recipe)
+    limits = baseline.limits
     compared = parity.compare(baseline.recordings, cases, candidate, limits, clock.detail)
     answers = None
     # Without logits there is no answer: then parity has failed already, and the report says where.

@@ -201,7 +201,7 @@ def _on_loss(loss: "QuantizationLoss") -> str:
     failed = [check for check in loss.checks if not check.passed]
     word = "beyond its limits" if failed else "within its limits"
     if loss.limits is None and not failed:
-        word = "not limited by the recipe"
+        word = "without a limit"
     found = "; ".join(map(_gate, failed or loss.checks))
     return f"Quantization loss {word}: {found}."
 

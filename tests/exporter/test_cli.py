@@ -175,7 +175,7 @@ def test_a_bundle_of_other_weights_fails_the_gate(bundle: Path, run: Run) -> Non
 
 def test_targets_and_inspect_speak_json(run: Run) -> None:
     (row,) = json.loads(run("targets", "--json").out)
-    assert (row["target"], row["recipes"]) == ("onnx", ["fp32"])
+    assert (row["target"], row["recipes"]) == ("onnx", ["fp32", "fp16", "int8", "int4"])
     facts = json.loads(run("inspect", BUNDLED_FOLDER, "--json").out)
     assert (facts["tower_form"], facts["resolution"], facts["image_tokens"]) == ("train", 256, 16)
     assert facts["tied"] is True

@@ -14,6 +14,7 @@ from fastvlm_export.exporter.clock import Clock
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.progress import Silent
 from fastvlm_export.exporter.samples import Sample
+from fastvlm_export.exporter.tensor_names import Layout
 from fastvlm_export.quantize.recipes import RECIPES, LossLimits, Recipe
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import proof
@@ -81,9 +82,9 @@ def watched(monkeypatch):
     return found
 
 
-def reference(watched, recipe=RECIPES["fp32"], quantized=None):
+def reference(watched, recipe=RECIPES["fp32"], quantized=None, layout=Layout.APPLE):
     return Reference(
-        checkpoint=SimpleNamespace(model=tiny_model),
+        checkpoint=SimpleNamespace(model=tiny_model, layout=layout),
         spec=contract(context=CONTEXT, tokenizer=Letters()),
         recipe=recipe,
         quantized=quantized,

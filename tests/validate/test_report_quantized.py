@@ -101,7 +101,7 @@ def test_a_loss_that_was_not_measured_is_no_pass():
 def test_a_recipe_without_limits_says_so():
     report = quantized_report(quantization=quantization_loss(limits=None))
     assert report.passed
-    assert "Quantization loss not limited by the recipe: mean KL" in report.verdict
+    assert "Quantization loss without a limit: mean KL" in report.verdict
     assert "inf" not in report.verdict
     assert strict(report.to_json())["quantization_loss"]["checks"][0]["limit"] is None
 

@@ -1,0 +1,96 @@
+"""The rounding floor: how far a quantized model is from itself when its input moves by a rounding.
+
+Where activations are rounded, one that is next to a boundary falls on the other side for a
+difference of one part in 10^7, and the whole step travels on. How far it gets depends on the model:
+deep towers, and random weights above all, amplify it. No artifact can be nearer to its reference
+than the reference is to itself, so this is measured, and the limits leave room for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..quantize.recipes import Activations, Recipe
+from ..targets.base import Array, Session, TokenIds
+from .limits import Limits
+from .parity import ParityResult, Stage, compare
+from .recording import Progress, Recording
+
+MOVE = 2e-7  # standard deviation, in parts of each value: two roundings of float32
+IMAGES = 2
+ROOM = 2.0  # of an amplitude; both runs are draws of the same noise, and the worst of a few varies
+
+_AMPLITUDES = {
+    (Stage.IMAGE_FEATURES, "max relative"): "features",
+    (Stage.IMAGE_FEATURES, "RMS relative"): "features_rms",
+    (Stage.FIRST_TOKEN, "max relative"): "logits",
+    (Stage.FIRST_TOKEN, "RMS relative"): "logits_rms",
+    (Stage.TEACHER_FORCED, "max relative"): "logits",
+    (Stage.TEACHER_FORCED, "RMS relative"): "logits_rms",
+    (Stage.FIRST_TOKEN, "top-1 differs"): "tokens",
+    (Stage.TEACHER_FORCED, "top-1 differs"): "tokens",
+    (Stage.GREEDY, "tokens differ"): "tokens",
+}
+_SQUARES = {
+    (Stage.IMAGE_FEATURES, "1 - cosine"): "cosine",
+    (Stage.FIRST_TOKEN, "worst KL"): "worst_kl",
+    (Stage.FIRST_TOKEN, "mean KL"): "mean_kl",
+    (Stage.TEACHER_FORCED, "worst KL"): "worst_kl",
+    (Stage.TEACHER_FORCED, "mean KL"): "mean_kl",
+}
+
+
+class _Moved:
+    """A session whose image and prompt arrive with a rounding's noise on every value."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.noise = np.random.default_rng(0)
+
+    def _move(self, x: Array) -> Array:
+        return (x * (1 + self.noise.normal(0, MOVE, x.shape))).astype(np.float32)
+
+    def encode_image(self, pixels: Array) -> Array:
+        return self.session.encode_image(self._move(pixels))
+
+    def embed(self, input_ids: TokenIds) -> Array:
+        return self.session.embed(input_ids)
+
+    def decode(self, inputs_embeds: Array) -> Array:
+        return self.session.decode(self._move(inputs_embeds))
+
+    def reset(self) -> None:
+        self.session.reset()
+
+
+def has_floor(recipe: Recipe) -> bool:
+    """Whether any layer's activations are rounded to integers."""
+    return any(p.bits and p.activations is not Activations.FLOAT for p in recipe.precisions)
+
+
+def rounding_floor(
+    recordings: Sequence[Recording],
+    session: Session,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> ParityResult:
+    """The session, moved, against its own recordings: the first few of them."""
+    few = recordings[:IMAGES]
+    return compare(few, [recording.case for recording in few], _Moved(session), limits, progress)
+
+
+def widened(limits: Limits, floor: ParityResult) -> Limits:
+    """Each limit, or twice the floor where that is more: of squares, such as KL, four times."""
+    found: dict[str, float] = {}
+    for measurement in floor.measurements:
+        for check in measurement.checks:
+            key = (measurement.stage, check.name)
+            for fields, room in ((_AMPLITUDES, ROOM), (_SQUARES, ROOM**2)):
+                # NaN and infinity widen nothing: what is wrong there shall fail.
+                if key in fields and np.isfinite(check.value):
+                    field = fields[key]
+                    found[field] = max(found.get(field, 0.0), room * check.value)
+    return replace(
+        limits, **{name: max(getattr(limits, name), value) for name, value in found.items()}
+    )
