@@ -87,8 +87,6 @@ def load_graph(path: Path, *, intra_op_threads: int | None = None) -> ort.Infere
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = intra_op_threads or available_cores()
     options.log_severity_level = 3
-    # Without VNNI the faster product of unsigned by signed bytes saturates: take the exact one.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's classes share no other base
