@@ -221,6 +221,40 @@ def test_everything_wrong_with_a_request_is_said_at_once(tmp_path: Path, run: Ru
     bad(result, "tflite", "int3", "none.png", "not empty")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('base = "int4"\n[decoder]\ngroup_sise = 32', ["decoder.group_sise", "group_size"]),
+        ('base = "int4"\n[decoder]\ngroup_size = -32', ["decoder.group_size", "-32"]),
+        ('base = "int4"\n[decoder]\ngroup_size = 256', ["256", "128", "q_proj"]),
+        ('base = "int4"\n[decoder]\ngroup_size = 48', ["decoder.group_size", "48", "onnx"]),
+        ('base = "int8"\nfloat = "fp16"', ["fp16", "onnx"]),
+        ('base = "int8"\n[head]\nbits = 4', ["head"]),
+        ('base = "int4"\n[[layers]]\npattern = "decoder.layers.9.*"\nbits = 8', ["layers.9"]),
+        ("[decoder\nbits = 4", ["mine.toml", "line 1"]),
+    ],
+    ids=["typo", "negative", "does not divide", "block", "half", "tied", "no layer", "not TOML"],
+)
+def test_a_wrong_recipe_is_one_error(tmp_path: Path, text: str, said: list[str], run: Run) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(text, "utf-8")
+    bad(run("--recipe", recipe, "--out", tmp_path / "out", "--quiet"), *said)
+    assert os.listdir(tmp_path) == ["mine.toml"]  # noqa: PTH208 - names are compared
+
+
+def test_a_missing_calibration_folder_is_one_error(tmp_path: Path, run: Run) -> None:
+    arguments = ("--recipe", "int8", "--out", tmp_path / "out", "--quiet")
+    bad(run(*arguments, "--calibration", tmp_path / "photos"), "photos", "--calibration")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_recipe_in_a_manifest_is_refused(bundle: Path, run: Run) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["recipe"]["decoder"] = {"bits": "four"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    bad(run("validate", bundle), "recipe")
+
+
 def test_an_error_is_json_too(run: Run) -> None:
     result = run("--recipe", "fp23", "--json")
     assert result.code == 2

@@ -1,0 +1,84 @@
+"""The rounding floor: what a moved input does to a model, and how far it opens the limits."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from fastvlm_export.quantize.recipes import RECIPES, Activations, Precision, Recipe
+from fastvlm_export.validate.floor import IMAGES, has_floor, rounding_floor, widened
+from fastvlm_export.validate.limits import FLOAT32, INTEGER_ACTIVATIONS, Limits
+from fastvlm_export.validate.recording import record
+
+from .fakes import Altered, case, tiny_session
+
+STEPS = 4
+
+
+def floor_of(session, cases=("a", "b")):
+    recordings = record(session, [case(name, seed=i) for i, name in enumerate(cases)], STEPS)
+    return rounding_floor(recordings, session, FLOAT32)
+
+
+def test_a_float_model_has_a_floor_of_float_rounding_and_keeps_its_limits():
+    found = floor_of(tiny_session())
+    assert found.passed
+    assert found.worst[1].value > 0  # the input was moved indeed
+    opened = widened(FLOAT32, found)
+    assert opened == FLOAT32
+
+
+def test_a_model_that_rounding_moves_opens_its_limits_by_twice_as_much():
+    found = floor_of(Altered(tiny_session(), image=lambda x: x * np.float32(x.sum() % 1 + 1)))
+    worst = max(
+        check.value
+        for m in found.measurements
+        for check in m.checks
+        if (m.stage, check.name) == ("image_features", "RMS relative")
+    )
+    assert worst > 1e-5
+    opened = widened(FLOAT32, found)
+    assert opened.features_rms == pytest.approx(max(2 * worst, FLOAT32.features_rms))
+    for field in fields(Limits):
+        assert getattr(opened, field.name) >= getattr(FLOAT32, field.name)
+    assert (opened.embeddings, opened.pixels, opened.answers, opened.tie) == (
+        FLOAT32.embeddings,
+        FLOAT32.pixels,
+        FLOAT32.answers,
+        FLOAT32.tie,
+    )
+
+
+def test_nan_opens_nothing():
+    broken = Altered(tiny_session(), decode=lambda x: np.full_like(x, np.nan))
+    recordings = record(tiny_session(), [case("a")], STEPS)
+    found = rounding_floor(recordings, broken, FLOAT32)
+    assert not found.passed
+    opened = widened(FLOAT32, found)
+    assert opened == replace(FLOAT32, features=opened.features, features_rms=opened.features_rms)
+
+
+def test_a_few_images_are_enough():
+    found = floor_of(tiny_session(), cases=("a", "b", "c", "d"))
+    assert len(found.free_runs) == IMAGES
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (RECIPES["fp32"], False),
+        (RECIPES["fp16"], False),
+        (RECIPES["int8"], True),
+        (RECIPES["int4"], True),
+        (Recipe(name="weights", decoder=Precision(bits=4, group_size=32)), False),
+        (Recipe(name="none", decoder=Precision(activations=Activations.DYNAMIC)), False),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_only_rounded_activations_have_a_floor(recipe, expected):
+    assert has_floor(recipe) == expected
+
+
+def test_the_fixed_limits_are_the_least():
+    found = floor_of(tiny_session())
+    assert widened(INTEGER_ACTIVATIONS, found) == INTEGER_ACTIVATIONS
