@@ -4,7 +4,7 @@ name = "mine"              # default: the file's name without .toml
 base = "int4"              # a built-in recipe to start from; default: float32 everywhere
 float = "fp32"             # or "fp16": the format of all that is no integer
 observer = "percentile"    # or "minmax", "histogram": for static activations
-percentile = 99.99         # in percent, for that observer
+percentile = 99.999        # in percent, for that observer
 range_limit = 32752.0      # under "fp16": operators above it stay in float32
 
 [decoder]                  # also [vision], [embedding], [head]; unset keys are the base's

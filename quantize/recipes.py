@@ -180,7 +180,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the manifest."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "layers": [dataclasses.asdict(r) for r in self.layers]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 
 from fastvlm_export.exporter import checkpoint, prompt
-from fastvlm_export.exporter.bundle import Manifest, Source
+from fastvlm_export.exporter.bundle import SCHEMA, Manifest, Source
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy, preprocess
 from fastvlm_export.targets.eager import EagerSession
@@ -60,10 +60,11 @@ latency_worker.main()
 
 def write_manifest(folder, **changes):
     values = {
-        "schema": 1,
+        "schema": SCHEMA,
         "source": Source(name="toy", layout="random", sha256="0" * 64),
         "target": "toy",
-        "recipe": "fp32",
+        "recipe": {"name": "fp32"},
+        "quantization": {},
         "resolution": 32,
         "context": 64,
         "image_tokens": 2,
