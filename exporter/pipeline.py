@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import nn
-
 from .. import __version__, targets
 from ..quantize import recipe_file
 from ..quantize.apply import Quantized, Record, needs_calibration, quantize
 from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
 from ..quantize.recipes import Recipe, recorded, unused_rules
-from ..quantize.weights import layer_widths
+from ..quantize.weights import layer_names, layer_widths
 from ..targets.base import Target
 from ..targets.eager import ProgramSession
 from ..validate.latency import Plan
@@ -215,9 +213,7 @@ def _refuse(recipe: Recipe, chosen: Mapping[str, Target], model: FastVLM | None 
     widths, tied, found = None, False, []
     if model is not None:
         widths, tied = layer_widths(model.decoder), model.config.decoder.tied
-        kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
-        layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-        found = unused_rules(recipe, [*layers, *widths])
+        found = unused_rules(recipe, layer_names(model))
     for target in chosen.values():
         found += target.problems(recipe, widths, tied=tied)
     if found:

@@ -13,8 +13,7 @@ from ..quantize import recipe_file
 from ..quantize.calibration import Calibration, pixels
 from ..quantize.calibration import load as load_calibration
 from ..quantize.recipes import Recipe, unused_rules
-from ..quantize.simulate import layer_names
-from ..quantize.weights import check_groups, layer_widths
+from ..quantize.weights import check_groups, layer_names, layer_widths
 from ..targets import onnx_recipes
 from ..validate import sensitivity_mix as mixing
 from ..validate import sensitivity_report as reports

@@ -22,7 +22,13 @@ from ..exporter.spec import ExportSpec
 from .activations import CONV, DEQUANTIZE, LINEAR, quantize_vision
 from .apply import decoder_inputs
 from .recipes import EMBEDDING, HEAD, Method, Part, Recipe, part_of
-from .weights import QuantizedEmbedding, QuantizedLinear, layer_widths, quantize_decoder
+from .weights import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    layer_names,
+    layer_widths,
+    quantize_decoder,
+)
 
 Say = Callable[[str], None]
 _ROUND = torch.ops.quantized_decomposed.quantize_per_tensor.default
@@ -126,16 +132,6 @@ def variants(
     decoder = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})
     quantize_decoder(decoder, recipe, sequences, say)
     return found | _decoder(decoder)
-
-
-def layer_names(model: FastVLM) -> list[str]:
-    """Every layer with weights to multiply with or look up, the tied head among them.
-
-    Not all of them are quantized by any recipe: `variants` says which.
-    """
-    kinds = nn.Conv2d | nn.Linear | nn.Embedding
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    return [*names, *([] if HEAD in names else [HEAD])]
 
 
 def _is_vision(layer: str) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..exporter.errors import ExportError
 from ..exporter.model.attention_op import cached_attention
 from ..exporter.model.decoder import Attention, Decoder, Layer, rotary_tables
+from ..exporter.model.fastvlm import FastVLM
 from .gptq import hessian, inverse_factor, quantize_columns
 from .ops import FLOAT_ACTIVATIONS, PER_TOKEN, quantized_embedding, quantized_linear
 from .recipes import (
@@ -112,6 +113,16 @@ class LayerRecord:
     group_size: int | None
     method: Method
     error: float
+
+
+def layer_names(model: FastVLM) -> list[str]:
+    """Every layer with weights to multiply with or look up, the tied head among them.
+
+    Not all of them are quantized by any recipe.
+    """
+    kinds = nn.Conv2d | nn.Linear | nn.Embedding
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [*names, *([] if HEAD in names else [HEAD])]
 
 
 def layer_widths(decoder: Decoder) -> dict[str, int]:

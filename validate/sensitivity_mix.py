@@ -9,7 +9,8 @@ from ..exporter.errors import ExportError
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import EMBEDDING, HEAD, LayerRule, Precision, Recipe, part_of
-from ..quantize.simulate import layer_names, variants
+from ..quantize.simulate import variants
+from ..quantize.weights import layer_names
 from . import formats
 from .sensitivity import Change, Prompt, losses
 from .sensitivity_budget import (

@@ -22,8 +22,8 @@ from fastvlm_export.quantize.recipes import (
     Recipe,
 )
 from fastvlm_export.quantize.runnable import runnable
-from fastvlm_export.quantize.simulate import layer_names, simulated, variants
-from fastvlm_export.quantize.weights import QuantizedLinear
+from fastvlm_export.quantize.simulate import simulated, variants
+from fastvlm_export.quantize.weights import QuantizedLinear, layer_names
 
 from .simulations import Simulation, simulation
 

@@ -23,8 +23,8 @@ from fastvlm_export.quantize.recipes import (
     Recipe,
 )
 from fastvlm_export.quantize.runnable import runnable
-from fastvlm_export.quantize.simulate import layer_names, simulated
-from fastvlm_export.quantize.weights import layer_widths
+from fastvlm_export.quantize.simulate import simulated
+from fastvlm_export.quantize.weights import layer_names, layer_widths
 from fastvlm_export.targets import onnx_recipes
 from fastvlm_export.validate import sensitivity_mix as mixing
 from fastvlm_export.validate import sensitivity_report as reports
