@@ -345,16 +345,18 @@ class _Comparison:
             checks = [missing(name, self.limits.tokens, flaw)]
             return self._measurement(Stage.GREEDY, Scope.END_TO_END, checks, {})
         theirs = self.recording.tokens[: len(ours)]
-        ties = sum(tie.stage is Stage.GREEDY for tie in self.ties)
-        differ = sum(a != b for a, b in zip(theirs, ours, strict=True)) - ties
-        compared = len(ours) - ties
-        check = Check(name=name, value=float(differ), limit=self.limits.tokens)
+        ties = {tie.position for tie in self.ties if tie.stage is Stage.GREEDY}
+        differ = [i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b]
+        parted = next((i for i in differ if i not in ties), None)
+        # What follows the first token that differs answers another text: it is not compared.
+        compared = (len(ours) if parted is None else parted + 1) - len(ties)
+        check = Check(name=name, value=float(parted is not None), limit=self.limits.tokens)
         if not compared:
             check = missing(name, self.limits.tokens, "every token is a tie: none was compared")
         numbers = {
             "tokens": float(compared),
-            "matching": float(compared - differ),
-            "ties": float(ties),
+            "matching": compared - check.value,
+            "ties": float(len(ties)),
         }
         return self._measurement(Stage.GREEDY, Scope.END_TO_END, [check], numbers)
 

@@ -82,3 +82,19 @@ def test_only_rounded_activations_have_a_floor(recipe, expected):
 def test_the_fixed_limits_are_the_least():
     found = floor_of(tiny_session())
     assert widened(INTEGER_ACTIVATIONS, found) == INTEGER_ACTIVATIONS
+
+
+def test_tokens_that_the_moved_model_changes_are_allowed_twice():
+    flips = iter(range(10**6))
+
+    def undecided(logits):
+        """Every third call prefers another token: by far, so that it is no tie."""
+        out = np.array(logits)
+        if next(flips) % 3 == 0:
+            out[0, (logits[0].argmax() + 1) % logits.shape[1]] = 2 * np.abs(logits).max()
+        return out
+
+    found = floor_of(Altered(tiny_session(), decode=undecided))
+    assert not found.passed
+    assert widened(FLOAT32, found).tokens >= 2
+    assert widened(FLOAT32, floor_of(tiny_session())).tokens == 0
