@@ -95,7 +95,7 @@ def _refuse_cache(
     if beyond:
         raise ExportError(
             f"A cache in fp16 ends at {LARGEST:.0f}, below values of {', '.join(beyond)}.",
-            "Use a recipe whose float_format is fp32.",
+            'Use a recipe with float = "fp32".',
         )
 
 
