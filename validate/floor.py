@@ -18,7 +18,6 @@ from .parity import ParityResult, Scope, Stage, compare
 from .recording import Progress, Recording
 
 MOVE = 2e-7  # standard deviation, in parts of each value: two roundings of float32
-IMAGES = 2
 ROOM = 2.0  # of an amplitude; both runs are draws of the same noise, and the worst of a few varies
 
 _AMPLITUDES = {
@@ -72,9 +71,9 @@ def rounding_floor(
     limits: Limits,
     progress: Progress | None = None,
 ) -> ParityResult:
-    """The session, moved, against its own recordings: the first few of them."""
-    few = recordings[:IMAGES]
-    return compare(few, [recording.case for recording in few], _Moved(session), limits, progress)
+    """The session, moved, against its own recordings."""
+    cases = [recording.case for recording in recordings]
+    return compare(recordings, cases, _Moved(session), limits, progress)
 
 
 def _changed(floor: ParityResult, case: str) -> float:
