@@ -24,6 +24,7 @@ from fastvlm_export.quantize.recipes import (
     Recipe,
 )
 from fastvlm_export.quantize.toml_file import LARGEST_FILE
+from fastvlm_export.targets import onnx_recipes
 
 from . import strategies
 
@@ -61,6 +62,15 @@ def test_an_empty_file_is_float32(tmp_path: Path) -> None:
 def test_a_base_alone(base: str, tmp_path: Path) -> None:
     expected = dataclasses.replace(RECIPES[base], name="mine")
     assert recipe_of(tmp_path, f'base = "{base}"') == expected
+
+
+def test_the_readmes_example_is_a_recipe_that_onnx_takes(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    _, _, rest = readme.partition("```toml\n")
+    example_recipe = recipe_of(tmp_path, rest.partition("```")[0])
+    assert example_recipe.precision("decoder.layers.0.mlp.up_proj").bits == 8
+    assert example_recipe.precision("vision_tower.network.10.0.convffn.fc1").bits is None
+    assert onnx_recipes.problems(example_recipe, None, tied=True) == []
 
 
 def test_the_form_in_the_docstring(tmp_path: Path) -> None:
