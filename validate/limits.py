@@ -59,21 +59,21 @@ INTEGER_WEIGHTS = replace(FLOAT32, embeddings=1e-6)
 # One rounding to half precision is 2^-11 = 4.9e-4 of a value, and each side rounds in other places:
 # a runtime that fuses two operators rounds once. Through 30-odd layers of a few operators each,
 # independent errors of 4.9e-4 / sqrt(3) grow with the root of their number to some 3e-3 in RMS;
-# the limits are two to three times that. 1 - cosine is half the square of the relative error.
-# Logits of RMS 5 that move by 5e-3 of it shift KL by (2.5e-2)^2 / 2 = 3e-4 in the mean.
-# A gathered row is copied, so the table stays equal.
+# 4.4e-3 was seen in the logits of the 0.5B with random weights. The limits are about twice that.
+# 1 - cosine is half the square of the relative error. Logits of RMS 5 that move by 1e-2 of it shift
+# KL by (5e-2)^2 / 2 = 1e-3 in the mean. A gathered row is copied, so the table stays equal.
 FLOAT16 = Limits(
     pixels=0.0,
-    features=1e-2,
-    features_rms=5e-3,
-    cosine=5e-5,
+    features=2e-2,
+    features_rms=1e-2,
+    cosine=1e-4,
     embeddings=0.0,
-    logits=1e-2,
-    logits_rms=5e-3,
-    worst_kl=2e-3,
-    mean_kl=3e-4,
+    logits=2e-2,
+    logits_rms=1e-2,
+    worst_kl=5e-3,
+    mean_kl=1e-3,
     answers=0.0,
-    tie=1e-2,
+    tie=2e-2,
 )
 
 # An activation that is off by d lands on the other side of a rounding boundary in d / step of all
