@@ -28,6 +28,9 @@ def relative_rms(ours: Array, reference: Array) -> float:
     return float(np.sqrt(((ours - reference) ** 2).mean() / (reference**2).mean()))
 
 
+WITH_INTEGERS = pytest.mark.parametrize("quantized", ["int8", "int4"], indirect=True)
+
+
 def integer_constants(program: ExportedProgram) -> dict[str, np.ndarray]:
     """The program's int8 and int32 constants: weights, and biases of convolutions."""
     return {
@@ -65,11 +68,10 @@ def test_the_files_hold_the_programs_integers(quantized: Small, graph: str) -> N
     assert not missing
 
 
+@WITH_INTEGERS
 def test_every_dense_1x1_convolution_is_computed_in_integers(
     quantized: Small, tmp_path: Path
 ) -> None:
-    if quantized.recipe.name == "fp16":
-        pytest.skip("fp16 has no integers")
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
@@ -95,9 +97,8 @@ def test_the_same_recipe_gives_the_same_bytes(quantized: Small, tmp_path: Path) 
         assert sha256_of(tmp_path / file) == sha256_of(quantized.folder / file), file
 
 
+@WITH_INTEGERS
 def test_embedding_and_head_name_one_region_of_one_file(quantized: Small) -> None:
-    if quantized.recipe.name == "fp16":
-        pytest.skip("only tables of integers are shared")
     places = []
     for graph in ("embedding", "decoder"):
         model = onnx_package.load(quantized.paths[graph], load_external_data=False)
