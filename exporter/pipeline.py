@@ -28,7 +28,7 @@ from .bundle import Bundle, Manifest, Source
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .config import FastVLMConfig
-from .errors import ExportError
+from .errors import ExportError, raise_together
 from .model.fastvlm import FastVLM, build
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
@@ -190,13 +190,7 @@ def _check(request: ExportRequest) -> tuple[dict[str, Target], Recipe, Calibrati
     attempt(read_calibration)
     attempt(lambda: bundles.check_out(request.out, force=request.force))
     attempt(lambda: samples(request.images))
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise ExportError(
-            "\n".join(error.message for error in problems),
-            "\n".join(dict.fromkeys(error.hint for error in problems if error.hint)),
-        )
+    raise_together(problems)
     return chosen, recipe, calibration
 
 

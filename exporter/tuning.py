@@ -21,7 +21,7 @@ from ..validate.sensitivity import POSITIONS, prompts
 from ..validate.sensitivity_budget import Budget, parse_budget
 from ..validate.sensitivity_report import Sensitivity
 from .clock import Clock
-from .errors import ExportError
+from .errors import ExportError, raise_together
 from .model.fastvlm import FastVLM
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
@@ -137,7 +137,7 @@ def _some(shown: list[Tensor], wanted: int | None, model: FastVLM) -> list[Tenso
 def _check(request: SensitivityRequest) -> _Checked:
     """All that is wrong with a request and can be known before work starts, at once."""
     problems: list[ExportError] = []
-    recipe, calibration, budget = Recipe(name=""), None, None
+    recipe, calibration, budget = Recipe(name=""), Calibration(source="", images=()), None
     out = request.out or (DEFAULT_OUT if request.budget else None)
     try:
         recipe = recipe_file.find(request.recipe)
@@ -169,11 +169,7 @@ def _check(request: SensitivityRequest) -> _Checked:
     ):
         if path:
             problems += _path_problems(option, path, suffixes, force=request.force)
-    if problems or calibration is None:
-        raise ExportError(
-            "\n".join(error.message for error in problems),
-            "\n".join(dict.fromkeys(error.hint for error in problems if error.hint)),
-        )
+    raise_together(problems)
     return _Checked(recipe=recipe, calibration=calibration, budget=budget)
 
 

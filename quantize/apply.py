@@ -4,10 +4,10 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..exporter import graphs
@@ -32,6 +32,7 @@ QUESTIONS = (
 )
 
 Say = Callable[[str], None]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def quantize(
             'Use float = "fp32", or leave the vision part without bits.',
         )
     shown = [] if calibration is None else pixels(calibration, spec.preprocessing)
-    model = _same_weights(model)
+    model = same_weights(model)
     sequences: list[Tensor] = []
     if shown and _decoder_is_calibrated(recipe):
         sequences = decoder_inputs(model, shown, spec, say)
@@ -122,10 +123,10 @@ def quantize(
     )
 
 
-def _same_weights(model: FastVLM) -> FastVLM:
+def same_weights(module: Module) -> Module:
     """Modules of its own around the same tensors: layers can be replaced, nothing is copied."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    shared = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
 def _has_bits(recipe: Recipe, part: Part) -> bool:

@@ -20,7 +20,7 @@ from ..exporter.model.decoder import Decoder
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
 from .activations import CONV, DEQUANTIZE, LINEAR, quantize_vision
-from .apply import decoder_inputs
+from .apply import decoder_inputs, same_weights
 from .recipes import EMBEDDING, HEAD, Method, Part, Recipe, part_of
 from .weights import (
     QuantizedEmbedding,
@@ -128,8 +128,7 @@ def variants(
     precisions = [recipe.precision(layer) for layer in layer_widths(model.decoder)]
     calibrated = any(p.bits and p.method is Method.GPTQ for p in precisions)
     sequences = decoder_inputs(model, shown, spec, say) if calibrated else []
-    tensors = [*model.decoder.parameters(), *model.decoder.buffers()]
-    decoder = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})
+    decoder = same_weights(model.decoder)
     quantize_decoder(decoder, recipe, sequences, say)
     return found | _decoder(decoder)
 

@@ -62,7 +62,7 @@ class EagerSession(_TorchSession):
     """A FastVLM in float32 on the CPU."""
 
     def __init__(self, model: FastVLM, context: int, *, channels_last: bool = False) -> None:
-        self.model = model.eval()
+        model.eval()
         layout = torch.contiguous_format
         if channels_last:
             layout = torch.channels_last

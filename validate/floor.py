@@ -20,21 +20,20 @@ from .recording import Progress, Recording
 MOVE = 2e-7  # standard deviation, in parts of each value: two roundings of float32
 ROOM = 2.0  # of an amplitude; both runs are draws of the same noise, and the worst of a few varies
 
-_AMPLITUDES = {
-    (Stage.IMAGE_FEATURES, "max relative"): "features",
-    (Stage.IMAGE_FEATURES, "RMS relative"): "features_rms",
-    (Stage.FIRST_TOKEN, "max relative"): "logits",
-    (Stage.FIRST_TOKEN, "RMS relative"): "logits_rms",
-    (Stage.TEACHER_FORCED, "max relative"): "logits",
-    (Stage.TEACHER_FORCED, "RMS relative"): "logits_rms",
+_LOGITS = {
+    "max relative": ("logits", ROOM),
+    "RMS relative": ("logits_rms", ROOM),
+    "worst KL": ("worst_kl", ROOM**2),
+    "mean KL": ("mean_kl", ROOM**2),
 }
-_SQUARES = {
-    (Stage.IMAGE_FEATURES, "1 - cosine"): "cosine",
-    (Stage.FIRST_TOKEN, "worst KL"): "worst_kl",
-    (Stage.FIRST_TOKEN, "mean KL"): "mean_kl",
-    (Stage.TEACHER_FORCED, "worst KL"): "worst_kl",
-    (Stage.TEACHER_FORCED, "mean KL"): "mean_kl",
+_FIELDS = {
+    (Stage.IMAGE_FEATURES, "max relative"): ("features", ROOM),
+    (Stage.IMAGE_FEATURES, "RMS relative"): ("features_rms", ROOM),
+    (Stage.IMAGE_FEATURES, "1 - cosine"): ("cosine", ROOM**2),
+    **{(Stage.FIRST_TOKEN, name): field for name, field in _LOGITS.items()},
+    **{(Stage.TEACHER_FORCED, name): field for name, field in _LOGITS.items()},
 }
+"""Stage and check -> the limit that it widens, and by how many times the floor."""
 
 
 class _Moved:
@@ -97,12 +96,10 @@ def widened(limits: Limits, floor: ParityResult) -> Limits:
     found: dict[str, float] = {}
     for measurement in floor.measurements:
         for check in measurement.checks:
-            key = (measurement.stage, check.name)
-            for fields, room in ((_AMPLITUDES, ROOM), (_SQUARES, ROOM**2)):
-                # NaN and infinity widen nothing: what is wrong there shall fail.
-                if key in fields and np.isfinite(check.value):
-                    field = fields[key]
-                    found[field] = max(found.get(field, 0.0), room * check.value)
+            field, room = _FIELDS.get((measurement.stage, check.name), ("", 0.0))
+            # NaN and infinity widen nothing: what is wrong there shall fail.
+            if field and np.isfinite(check.value):
+                found[field] = max(found.get(field, 0.0), room * check.value)
     found["tokens"] = ROOM * max((_changed(floor, run.case) for run in floor.free_runs), default=0)
     return replace(
         limits, **{name: max(getattr(limits, name), value) for name, value in found.items()}

@@ -8,12 +8,13 @@ from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, Template
 from PIL import Image
 
 from . import formats, plots
 from .parity import STAGE_NAMES, Measurement, Stage, summarize
 from .quantized import kept_operators, layer_groups, loss_rows, recipe_facts
+from .templates import environment
 
 if TYPE_CHECKING:
     from .latency import SubjectResult
@@ -103,24 +104,19 @@ def _shown(report: "Report", example: "Example") -> Shown:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("fastvlm_export.validate", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    made = environment(
+        {
+            "number": formats.number,
+            "duration": formats.duration,
+            "size": formats.size,
+            "lines": formats.lines,
+            "stage_name": STAGE_NAMES.__getitem__,
+            "target_name": formats.target_name,
+            "day": lambda text: f"{datetime.fromisoformat(text):%d %B %Y, %H:%M} UTC".lstrip("0"),
+        }
     )
-    environment.filters |= {
-        "number": formats.number,
-        "duration": formats.duration,
-        "size": formats.size,
-        "lines": formats.lines,
-        "stage_name": STAGE_NAMES.__getitem__,
-        "target_name": formats.target_name,
-        "day": lambda text: f"{datetime.fromisoformat(text):%d %B %Y, %H:%M} UTC".lstrip("0"),
-    }
-    environment.globals["share"] = formats.share
-    return environment
+    made.globals["share"] = formats.share
+    return made
 
 
 def _template() -> Template:

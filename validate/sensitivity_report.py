@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.text import Text
 from ..quantize.recipes import Part
 from . import formats
 from .plots import WIDTH, ticks
+from .templates import environment
 
 SHOWN = 20
 PART_TITLES = {
@@ -239,12 +240,4 @@ def _legend(parts: Iterable[Part]) -> list[tuple[int, Part, str]]:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("fastvlm_export.validate", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "size": formats.size}
-    return environment
+    return environment({"percent": percent, "size": formats.size})
