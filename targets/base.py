@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,6 +65,22 @@ class Artifact:
 
     graphs: Mapping[str, Mapping[str, Mapping[str, str]]]
     """graph -> "inputs" or "outputs" -> tensor name -> "float32[1,3,256,256]"."""
+    details: Mapping[str, str | int] = field(default_factory=dict)
+    """What a client must know besides, for the manifest: layout, prefill chunk, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user may choose about a target's files besides the recipe. None: its default.
+
+    `layout` is the client that the folder is for, `deployment_target` the oldest system.
+    """
+
+    layout: str | None = None
+    deployment_target: str | None = None
+
+
+DEFAULTS = Options()
 
 
 class Target(Protocol):
@@ -80,6 +96,14 @@ class Target(Protocol):
 
     def availability(self) -> Availability:
         """Look for the packages that lowering and running need, without importing torch."""
+        ...
+
+    def adapt(self, recipe: "Recipe") -> "Recipe":
+        """The built-in recipe as this runtime computes it; any other recipe as it is."""
+        ...
+
+    def option_problems(self, options: Options) -> list[str]:
+        """Every reason why the options can't be had here; none: they can."""
         ...
 
     def problems(
@@ -98,6 +122,7 @@ class Target(Protocol):
         spec: "ExportSpec",
         recipe: "Recipe",
         out: Path,
+        options: Options = DEFAULTS,
     ) -> Artifact:
         """Write the artifact's files below the existing, empty folder `out`.
 

@@ -10,7 +10,7 @@ from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Float, Recipe
-from .base import Artifact, Availability, Session
+from .base import DEFAULTS, Artifact, Availability, Options, Session
 from .onnx_recipes import problems
 
 if TYPE_CHECKING:
@@ -57,8 +57,27 @@ def availability() -> Availability:
     )
 
 
+def adapt(recipe: Recipe) -> Recipe:
+    """Recipes are written as ONNX Runtime computes them."""
+    return recipe
+
+
+def option_problems(options: Options) -> list[str]:
+    """One folder serves every client here."""
+    given = {"--layout": options.layout, "--deployment-target": options.deployment_target}
+    return [
+        f"{name} {value}: target 'onnx' has no such choice"
+        for name, value in given.items()
+        if value
+    ]
+
+
 def lower(
-    programs: Mapping[str, "ExportedProgram"], spec: ExportSpec, recipe: Recipe, out: Path
+    programs: Mapping[str, "ExportedProgram"],
+    spec: ExportSpec,
+    recipe: Recipe,
+    out: Path,
+    options: Options = DEFAULTS,
 ) -> Artifact:
     """Write the three graphs and the client's files below the empty folder `out`."""
     from . import (  # noqa: PLC0415 - imports torch
@@ -103,10 +122,12 @@ def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target 
 
 __all__ = [
     "RUNTIME_PACKAGES",
+    "adapt",
     "availability",
     "client_dtype",
     "files",
     "lower",
     "open",
+    "option_problems",
     "problems",
 ]
