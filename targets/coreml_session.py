@@ -275,8 +275,10 @@ def compiled(package: Path) -> Path:
         from coremltools.models.utils import compile_model  # noqa: PLC0415 - imports torch
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept.parent) as folder:
         made = Path(compile_model(str(package), str(Path(folder) / path.name)))
-        forget_compiled(package)  # of files that are no longer there
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in kept.iterdir():
+            if other != path.parent:  # of files that are no longer there
+                shutil.rmtree(other, ignore_errors=True)
         try:
             made.rename(path)  # whole or not at all: a killed run leaves nothing that looks right
         except OSError:
