@@ -1,0 +1,201 @@
+"""FastVLM's three graphs as Core ML packages."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..exporter.spec import ExportSpec
+from ..quantize.quiet import quiet_import
+from . import coreml_decoder, coreml_ops, coreml_quantized, transformers_js
+from .coreml_decoder import Cache
+from .coreml_lowering import Translator, Var
+from .coreml_model import (
+    DECODE,
+    DECODER,
+    EMBEDDING,
+    EMBEDS,
+    FEATURES,
+    IDS,
+    KEY_CACHE,
+    KEY_REST,
+    LENGTH,
+    LOGITS,
+    MAIN,
+    PIXELS,
+    POSITION,
+    PREFILL,
+    VALUE_CACHE,
+    VALUE_REST,
+    VISION,
+)
+from .coreml_package import FunctionSpec, Input, save
+
+with quiet_import():
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - its name everywhere
+
+APP_PIXELS = "images"
+"""What Apple's FastVLM app calls the pixels."""
+
+TRANSLATIONS = {**coreml_ops.TRANSLATIONS, **coreml_quantized.TRANSLATIONS}
+
+Graphs = Mapping[str, Mapping[str, Mapping[str, str]]]
+
+
+def write(
+    programs: Mapping[str, ExportedProgram],
+    spec: ExportSpec,
+    chunk: int,
+    capacity: int,
+    target: str,
+    out: Path,
+) -> Graphs:
+    """Write vision, embedding and decoder packages and the tokenizer; returns their interfaces."""
+    functions = {
+        VISION: {MAIN: _vision(programs["vision"], PIXELS)},
+        EMBEDDING: {MAIN: _embedding(programs["embedding"], spec)},
+        DECODER: {
+            PREFILL: _decoder(programs["decoder"], spec, chunk, capacity),
+            DECODE: _decoder(programs["decoder"], spec, 1, capacity),
+        },
+    }
+    outputs: dict[str, list[int | str]] = {
+        FEATURES: [1, spec.image_tokens, spec.decoder.hidden_size],
+        EMBEDS: [1, "sequence_length", spec.decoder.hidden_size],
+        LOGITS: [1, spec.decoder.vocab_size],
+    }
+    for name, parts in functions.items():
+        save(parts, target, out / name)
+    for name, content in (
+        ("tokenizer.json", transformers_js.tokenizer(spec)),
+        ("tokenizer_config.json", transformers_js.tokenizer_config(spec)),
+    ):
+        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return {
+        f"{Path(name).stem}.{function}": _signature(given, outputs[given.output])
+        for name, parts in functions.items()
+        for function, given in parts.items()
+    }
+
+
+def write_tower(program: ExportedProgram, target: str, path: Path) -> Graphs:
+    """Write the vision tower without the projector, named as Apple's FastVLM app reads it."""
+    tower = _vision(program, APP_PIXELS, before_projector=True)
+    save({MAIN: tower}, target, path)
+    shape = [1, *unprojected(_static(program)).meta["val"].shape[1:]]
+    return {f"{path.stem}.{MAIN}": _signature(tower, shape)}
+
+
+def _static(program: ExportedProgram) -> ExportedProgram:
+    """The program for one image, where every size is a number."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    pixels = values[str(program.graph_signature.user_inputs[0])]
+    shape = [1, *(int(size) for size in pixels.shape[1:])]
+    module = program.module(check_guards=False)  # the traced sizes are examples
+    with torch.no_grad():
+        return torch.export.export(module, (torch.zeros(shape, dtype=pixels.dtype),))
+
+
+def unprojected(program: ExportedProgram) -> Node:
+    """What enters the projector, before any rounding of it: [1,N,features]."""
+    targets = {
+        spec.arg.name: str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.target is not None
+    }
+    first = next(
+        user
+        for node in program.graph.nodes
+        if targets.get(node.name, "").startswith("projector.")
+        for user in _readers(node)
+    )
+    node: Node = first.all_input_nodes[0]
+    while "quantize_per_tensor" in str(node.target):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _readers(node: Node) -> list[Node]:
+    """The linear layers that read a stored tensor, directly or as a dequantized weight."""
+    found = []
+    for user in node.users:
+        found += [user] if "linear" in str(user.target) else _readers(user)
+    return found
+
+
+def _vision(
+    program: ExportedProgram, pixels: str, *, before_projector: bool = False
+) -> FunctionSpec:
+    static = _static(program)
+    first = next(n for n in static.graph.nodes if n.name == static.graph_signature.user_inputs[0])
+    until = unprojected(static) if before_projector else None
+
+    def body(inputs: Mapping[str, Var]) -> Var:
+        out = Translator(static, [inputs[pixels]], TRANSLATIONS).run(until)
+        return out if until is None else mb.cast(x=out, dtype="fp32")
+
+    shape = tuple(int(size) for size in first.meta["val"].shape)
+    return FunctionSpec(inputs={pixels: Input(shape=shape)}, output=FEATURES, body=body)
+
+
+def _embedding(program: ExportedProgram, spec: ExportSpec) -> FunctionSpec:
+    def body(inputs: Mapping[str, Var]) -> Var:
+        return Translator(program, [inputs[IDS]], TRANSLATIONS).run()
+
+    ids = Input(shape=(1, 1), integer=True, longest=spec.context)
+    return FunctionSpec(inputs={IDS: ids}, output=EMBEDS, body=body)
+
+
+def _decoder(program: ExportedProgram, spec: ExportSpec, size: int, capacity: int) -> FunctionSpec:
+    """`size` rows at a time: a chunk with `length`, or a single row."""
+    config = spec.decoder
+    shape = (config.layers, 1, config.kv_heads, capacity, config.head_dim)
+    states = [KEY_CACHE, VALUE_CACHE]
+    if _cache_type(program) is torch.float32:
+        states += [KEY_REST, VALUE_REST]
+    inputs = {
+        EMBEDS: Input(shape=(1, size, config.hidden_size)),
+        POSITION: Input(shape=(1,), integer=True),
+        **({LENGTH: Input(shape=(1,), integer=True)} if size > 1 else {}),
+    }
+
+    def body(given: Mapping[str, Var]) -> Var:
+        cache = Cache(config, {s: given[s] for s in states}, given[POSITION], size, capacity)
+        extra = coreml_decoder.translations(cache, given.get(LENGTH))
+        nothing = [None] * (1 + 2 * config.layers)  # mask and past: the states are instead
+        translator = Translator(program, [given[EMBEDS], *nothing], {**TRANSLATIONS, **extra})
+        return mb.squeeze(x=translator.run(), axes=[1])
+
+    return FunctionSpec(
+        inputs=inputs, output=LOGITS, body=body, states=dict.fromkeys(states, shape)
+    )
+
+
+def _cache_type(program: ExportedProgram) -> torch.dtype:
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    dtype: torch.dtype = values[str(program.graph_signature.user_inputs[2])].dtype
+    return dtype
+
+
+def _signature(function: FunctionSpec, output: list[int | str]) -> dict[str, dict[str, str]]:
+    """For the manifest: inputs, states and outputs -> name -> "float32[1,3,256,256]"."""
+
+    def written(kind: str, shape: tuple[int | str, ...] | list[int | str]) -> str:
+        return f"{kind}[{','.join(map(str, shape))}]"
+
+    found = {
+        "inputs": {
+            name: written(
+                "int32" if given.integer else "float32",
+                (*given.shape[:-1], "sequence_length") if given.longest else given.shape,
+            )
+            for name, given in function.inputs.items()
+        },
+        "outputs": {function.output: written("float32", output)},
+    }
+    if function.states:
+        found["states"] = {n: written("float16", shape) for n, shape in function.states.items()}
+    return found

@@ -1,0 +1,106 @@
+"""Recipes as Core ML computes them, and what its files and runtime cannot express."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from ..quantize.recipe_file import PER_CHANNEL
+from ..quantize.recipes import (
+    ACTIVATIONS,
+    RECIPES,
+    Activations,
+    Float,
+    Method,
+    Part,
+    Precision,
+    Recipe,
+    Setting,
+)
+from ..quantize.toml_file import shown
+
+BITS = (4, 8)
+"""Integers that `constexpr_blockwise_shift_scale` takes (iOS 18)."""
+
+_GROUPED = (Part.DECODER, Part.HEAD)
+
+
+def adapt(recipe: Recipe) -> Recipe:
+    """A built-in with integers as Core ML computes it; any other recipe as it is.
+
+    The Neural Engine's floats are float16, and no compute unit rounds activations at run time. The
+    integers are those that every other target gets.
+    """
+    if recipe != RECIPES.get(recipe.name) or not any(p.bits for p in recipe.precisions):
+        return recipe
+    return replace(
+        recipe,
+        float_format=Float.FP16,
+        decoder=_unrounded(recipe.decoder),
+        head=_unrounded(recipe.head),
+    )
+
+
+def _unrounded(precision: Precision) -> Precision:
+    if precision.activations is Activations.DYNAMIC:
+        return replace(precision, activations=Activations.FLOAT)
+    return precision
+
+
+def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = False) -> list[str]:
+    """Every reason why Core ML cannot express the recipe, naming the key and what it can do.
+
+    `layers`: layer name -> input width, where the model is known.
+    """
+    found = [
+        line
+        for setting in recipe.settings
+        for line in dict.fromkeys(
+            line for part in setting.parts for line in _setting_problems(setting, part)
+        )
+    ]
+    return found + list(_width_problems(recipe, layers or {}))
+
+
+def _line(key: str, value: object, can: str) -> str:
+    return f"{key} is {shown(value)}: target 'coreml' takes {can}"
+
+
+def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
+    key, precision = setting.key, setting.precision
+    if precision.bits is None or precision.method is Method.PALETTE:
+        return
+    if precision.bits not in BITS or (part is Part.VISION and precision.bits != 8):
+        can = "8 bits for the vision part" if part is Part.VISION else "4 or 8 bits"
+        yield _line(f"{key}.bits", precision.bits, can)
+    if part not in _GROUPED and precision.group_size is not None:
+        can = f"{shown(PER_CHANNEL)} for the {part}"
+        yield _line(f"{key}.group_size", precision.group_size, can)
+    if part not in _GROUPED and not precision.symmetric:
+        yield _line(f"{key}.symmetric", False, f"symmetric weights for the {part}")
+    if precision.activations is Activations.DYNAMIC:
+        yield _line(
+            f"{key}.activations",
+            precision.activations,
+            f"{shown(Activations.FLOAT)}: it rounds no activations at run time",
+        )
+    elif precision.activations not in ACTIVATIONS[part]:
+        can = " or ".join(shown(a) for a in ACTIVATIONS[part] if a is not Activations.DYNAMIC)
+        yield _line(f"{key}.activations", precision.activations, f"{can} for the {part}")
+    if precision.activation_bits != 8:
+        yield _line(f"{key}.activation_bits", precision.activation_bits, "8")
+
+
+def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
+    """Group sizes that leave a rest: one line for all layers of a setting and width."""
+    left: dict[tuple[str, int, int], list[str]] = {}
+    for layer, width in layers.items():
+        setting = recipe.setting(layer)
+        size, precision = setting.precision.group_size, setting.precision
+        integers = precision.bits and precision.method is not Method.PALETTE
+        if integers and size and width % size:
+            left.setdefault((setting.key, size, width), []).append(layer)
+    for (key, size, width), names in left.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield (
+            f"{key}.group_size is {size}: it does not divide the input width {width} of "
+            f"{names[0]}{more}; target 'coreml' takes a size that does, or {shown(PER_CHANNEL)}"
+        )
