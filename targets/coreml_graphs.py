@@ -1,6 +1,5 @@
 """FastVLM's three graphs as Core ML packages."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch.fx import Node
 
 from ..exporter.spec import ExportSpec
 from ..quantize.quiet import quiet_import
-from . import coreml_decoder, coreml_ops, coreml_quantized, transformers_js
+from . import client_files, coreml_decoder, coreml_ops, coreml_quantized
 from .coreml_decoder import Cache
 from .coreml_lowering import Translator, Var
 from .coreml_model import (
@@ -53,7 +52,7 @@ def write(
     target: str,
     out: Path,
 ) -> Graphs:
-    """Write vision, embedding and decoder packages and the tokenizer; returns their interfaces."""
+    """Write vision, embedding and decoder packages and JSON files; returns their interfaces."""
     functions = {
         VISION: {MAIN: _vision(programs["vision"], PIXELS)},
         EMBEDDING: {MAIN: _embedding(programs["embedding"], spec)},
@@ -69,11 +68,8 @@ def write(
     }
     for name, parts in functions.items():
         save(parts, target, out / name)
-    for name, content in (
-        ("tokenizer.json", transformers_js.tokenizer(spec)),
-        ("tokenizer_config.json", transformers_js.tokenizer_config(spec)),
-    ):
-        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
+    client_files.write_json(files, out)
     return {
         f"{Path(name).stem}.{function}": _signature(given, outputs[given.output])
         for name, parts in functions.items()
