@@ -14,8 +14,13 @@ In the ExportedProgram, static layers read and write (all `quantized_decomposed`
   linear layers are plain float.
 Then the float operator (`aten.conv2d.default`, `aten.linear.default`) itself. A weight-only layer
 has only its weight's `dequantize_per_channel`. No constant is quantized at run time.
+
+Under float16 every scale is a number that float16 has, unless it cannot hold it (`in_half`), all
+biases are plain float, and the dequantize operators say in `out_dtype` what they make, for
+`half.to_half` to change: runtimes that compute in float16 have scales in float16 and take no int32.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +28,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph, export_program
 from .quiet import quiet_import
-from .recipes import Activations, Method, Observer, Precision, Recipe
+from .ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, QUANTIZE, in_half
+from .recipes import Activations, Float, Method, Observer, Precision, Recipe
 
 with quiet_import():
     from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
@@ -98,6 +104,7 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
 
     def __init__(self, layers: Sequence[_Layer], recipe: Recipe) -> None:
         self.layers = layers
+        self.half = recipe.float_format is Float.FP16
         observers: dict[Observer, Any] = {
             Observer.MINMAX: MinMaxObserver,
             Observer.HISTOGRAM: HistogramObserver,
@@ -117,12 +124,12 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
             x, weight, bias = layer.inputs
             integer = layer.static and layer.node.target is CONV
             weights = _constant(model, weight)
-            biased = bias if integer else None
+            biased = bias if integer and not self.half else None
             biases = None if biased is None else _constant(model, biased)
             # In this order: torchao derives each only from those before it.
             specs: dict[Node, Any] = {x: self.activation} if layer.static else {}
             edges = [(node, layer.node) for node in specs]
-            scales = partial(_weight_scale, weights, biases, layer.largest)
+            scales = partial(_weight_scale, weights, biases, layer.largest, self.half)
             specs[weight] = _derived(scales, edges, layer.largest)
             if biased is not None:
                 edges = [*edges, (weight, layer.node)]
@@ -170,17 +177,20 @@ def _derived(
 
 
 def _weight_scale(
-    weight: Tensor, bias: Tensor | None, largest: int, observers: list[Any]
+    weight: Tensor, bias: Tensor | None, largest: int, half: bool, observers: list[Any]
 ) -> tuple[Tensor, Tensor]:
     """s_w[c] = max|w[c]| / `largest`, and |b[c]| / (s_x s_w[c]) at most LARGEST_BIAS.
 
-    The second part matters for channels whose weights are next to nothing beside their bias.
+    The second part matters for channels whose weights are next to nothing beside their bias. With
+    `half` rounded to float16, where that holds it: before integers are chosen for it.
     """
     scale = weight.abs().flatten(1).amax(1) / largest
     if bias is not None:
         input_scale = observers[0].calculate_qparams()[0]
         scale = torch.maximum(scale, bias.abs() / (input_scale * LARGEST_BIAS))
     scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
+    if half:
+        scale = in_half(scale)
     return scale, torch.zeros_like(scale, dtype=torch.int64)
 
 
@@ -263,25 +273,34 @@ def _check(layers: Sequence[_Layer]) -> None:
         )
 
 
-@torch.no_grad()
 def quantize_vision(
     graph: Graph,
     recipe: Recipe,
     batches: Sequence[Tensor],
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportedProgram:
+    """`integer_vision`, traced."""
+    return export_program(integer_vision(graph, recipe, batches, say))
+
+
+@torch.no_grad()
+def integer_vision(
+    graph: Graph,
+    recipe: Recipe,
+    batches: Sequence[Tensor],
+    say: Callable[[str], None] = lambda _: None,
+) -> Graph:
     """The vision graph with the recipe's integers: pixel_values [B,3,R,R] -> features [B,N,D].
 
     `batches` are calibration images [1,3,R,R], run one at a time; layers whose activations stay
-    float need none. The graph's module stays as it is.
+    float need none. The graph's module stays as it is, and what has no integers is shared with it.
     """
-    program = export_program(graph)
-    model = program.module(check_guards=False)
+    model = export_program(graph).module(check_guards=False)
     if not isinstance(model, GraphModule):
         raise TypeError("an ExportedProgram's module is a GraphModule")
     layers = _layers(model, recipe)
     if not layers:
-        return program
+        return graph
     prepared = prepare_pt2e(model, _VisionQuantizer(layers, recipe))
     if any(layer.static for layer in layers):
         if not batches:
@@ -291,8 +310,9 @@ def quantize_vision(
             prepared(pixels)
     converted = convert_pt2e(prepared)
     _name_constants(converted)
-    shapes = {axis: Dim(name) for axis, name in graph.dynamic["pixel_values"].items()}
-    return torch.export.export(converted, tuple(graph.inputs.values()), dynamic_shapes=(shapes,))
+    if recipe.float_format is Float.FP16:
+        _fit_half(converted)
+    return dataclasses.replace(graph, module=converted)
 
 
 def _name_constants(model: GraphModule) -> None:
@@ -312,4 +332,15 @@ def _name_constants(model: GraphModule) -> None:
                 layer.register_buffer(kind + suffix, getattr(model, source.target))
                 delattr(model, source.target)
                 source.target = f"{name}.{kind}{suffix}"
+    model.recompile()
+
+
+def _fit_half(model: GraphModule) -> None:
+    """Round the activations' scales as `in_half`, and name the type that is dequantized to."""
+    for node in model.graph.nodes:
+        if str(node.target) in (QUANTIZE, DEQUANTIZE_TENSOR):
+            x, scale, *rest = node.args
+            node.args = (x, float(in_half(torch.tensor(scale, dtype=torch.float32))), *rest)
+        if str(node.target) in (DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT):
+            node.kwargs = {**node.kwargs, "out_dtype": torch.float32}
     model.recompile()

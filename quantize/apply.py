@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..exporter import graphs
-from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph
 from ..exporter.model.decoder import CacheInputsDecoder
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.prompt import prompt_ids
 from ..exporter.spec import ExportSpec
 from .calibration import Calibration, pixels
+from .palettes import palettize, without
 from .ranges import OpRange
 from .recipes import Activations, Float, Method, Part, Recipe
 from .weights import LayerRecord, quantize_decoder
@@ -79,19 +79,16 @@ def quantize(
     model: FastVLM, recipe: Recipe, spec: ExportSpec, calibration: Calibration | None, say: Say
 ) -> Quantized:
     """Trace a reparameterized model's graphs under a recipe. The model itself is not changed."""
-    if recipe.float_format is Float.FP16 and _has_bits(recipe, Part.VISION):
-        raise ExportError(
-            f"Recipe '{recipe.name}' asks for integers inside a float16 tower, which is not built.",
-            'Use float = "fp32", or leave the vision part without bits.',
-        )
     shown = [] if calibration is None else pixels(calibration, spec.preprocessing)
     model = same_weights(model)
     sequences: list[Tensor] = []
     if shown and _decoder_is_calibrated(recipe):
         sequences = decoder_inputs(model, shown, spec, say)
     layers: tuple[LayerRecord, ...] = ()
+    rest = without(recipe)
     if any(p.bits for p in recipe.precisions):
-        layers = quantize_decoder(model.decoder, recipe, sequences, say)
+        layers = quantize_decoder(model.decoder, rest, sequences, say)
+        layers += palettize(model, recipe, say)
     built = graphs.build(
         model,
         resolution=spec.preprocessing.resolution,
@@ -102,11 +99,11 @@ def quantize(
     programs: dict[str, ExportedProgram] = {}
     for name, graph in built.items():
         say(name)
+        if name == "vision" and _has_bits(rest, Part.VISION):
+            graph = _vision(graph, rest, shown, say)  # noqa: PLW2901 - it stands for it
         if recipe.float_format is Float.FP16:
             batches = _batches(graph, shown, sequences, spec)
             programs[name], kept[name] = _half(graph, batches, recipe, say)
-        elif name == "vision" and _has_bits(recipe, Part.VISION):
-            programs[name] = _vision(graph, recipe, shown, say)
         else:
             programs[name] = graphs.export_program(graph)
     return Quantized(
@@ -140,10 +137,10 @@ def _decoder_is_calibrated(recipe: Recipe) -> bool:
     )
 
 
-def _vision(graph: Graph, recipe: Recipe, shown: Sequence[Tensor], say: Say) -> ExportedProgram:
-    from .activations import quantize_vision  # noqa: PLC0415 - imports torchao
+def _vision(graph: Graph, recipe: Recipe, shown: Sequence[Tensor], say: Say) -> Graph:
+    from .activations import integer_vision  # noqa: PLC0415 - imports torchao
 
-    return quantize_vision(graph, recipe, shown, say)
+    return integer_vision(graph, recipe, shown, say)
 
 
 def _half(

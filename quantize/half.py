@@ -5,6 +5,9 @@ every operator (`ranges.scan`); those beyond a limit compute in float32 and hand
 float32 as far as the next operator inside the limit, so that no value beyond it is ever stored in
 fp16. What the model itself asks in float32 (RMSNorm's statistics, whose eps of 1e-6 is below fp16's
 normal range) stays there too: the program is traced from a model in fp16.
+
+Integers stay what they are, and only the floats around them become fp16: an integer layer's scales,
+its bias, what its `dequantize` makes and what its `quantize` reads.
 """
 
 import copy
@@ -20,17 +23,24 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph as FxGraph
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph, export_program
-from .ranges import Inputs, OpRange, lifted, scan
+from .ranges import (
+    DEQUANTIZE_TENSOR,
+    DEQUANTIZE_WEIGHT,
+    QUANTIZE,
+    Inputs,
+    OpRange,
+    lifted,
+    scan,
+    survives_half,
+)
 
 LARGEST = torch.finfo(torch.float16).max  # 65504
-WEIGHT_ERROR = 2.0**-8
-"""Most that fp16 may change a weight, relative and as norms: half of what int8 usually does."""
 
 CACHE = ("past_key_values", "present")
 """Interface tensors with these prefixes are fp16; every other floating-point one is float32."""
@@ -54,7 +64,8 @@ def to_half(
     """Trace the graph in fp16, but for operators whose magnitudes on `batches` exceed `limit`.
 
     pixel_values, image_features, inputs_embeds and logits stay float32, the cache becomes fp16.
-    An operator stays in float32, too, where fp16 has not enough digits for its weights.
+    An operator stays in float32, too, where fp16 has not enough digits for its weights, or for the
+    scales of its integers.
     `limit` infinity gives the naive conversion. Raises ExportError where float32 itself gives NaN
     or infinity, and where the cache would leave fp16's range.
     """
@@ -100,9 +111,10 @@ def _refuse_cache(
 
 
 def _traceable(graph: Graph) -> Graph:
-    """The graph with an fp16 copy of its module and inputs; float32 weights are not copied."""
+    """The graph with an fp16 copy of its module and inputs; no other tensor is copied."""
     memo: dict[int, Any] = {}
     for tensor in (*graph.module.parameters(), *graph.module.buffers()):
+        memo[id(tensor)] = tensor
         if tensor.dtype is torch.float32:
             half = tensor.detach().half()
             parameter = isinstance(tensor, nn.Parameter)
@@ -111,7 +123,13 @@ def _traceable(graph: Graph) -> Graph:
         name: value.half() if value.is_floating_point() else value
         for name, value in graph.inputs.items()
     }
-    return dataclasses.replace(graph, module=copy.deepcopy(graph.module, memo), inputs=inputs)
+    module = copy.deepcopy(graph.module, memo)
+    if isinstance(module, GraphModule):
+        for node in module.graph.nodes:  # `activations.integer_vision`'s, which names the type
+            if node.kwargs.get("out_dtype") is torch.float32:
+                node.update_kwarg("out_dtype", torch.float16)
+        module.recompile()
+    return dataclasses.replace(graph, module=module, inputs=inputs)
 
 
 def _check_same(wide: ExportedProgram, half: ExportedProgram) -> None:
@@ -122,11 +140,13 @@ def _check_same(wide: ExportedProgram, half: ExportedProgram) -> None:
 
 
 def _names_to_keep(wide: ExportedProgram, ranges: Sequence[OpRange], limit: float) -> set[str]:
-    """Operators beyond the limit, or with weights that fp16 cannot represent."""
-    weights = {
+    """Operators beyond the limit, or with weights or scales that fp16 cannot represent."""
+    specs, tensors = wide.graph_signature.input_specs, lifted(wide)
+    constants = {spec.arg.name for spec in specs[: len(tensors)]}
+    lost = {
         spec.arg.name
-        for spec, tensor in zip(wide.graph_signature.input_specs, lifted(wide), strict=False)
-        if math.isfinite(limit) and not _survives(tensor)
+        for spec, tensor in zip(specs, tensors, strict=False)
+        if math.isfinite(limit) and not survives_half(tensor)
     }
     beyond = {r.node for r in ranges if not r.within(limit)}
     names: set[str] = set()
@@ -134,23 +154,37 @@ def _names_to_keep(wide: ExportedProgram, ranges: Sequence[OpRange], limit: floa
         # One of several results is where its producer is.
         part = node.target is operator.getitem and node.args[0].name in names
         read = {n.name for n in node.all_input_nodes}
-        if part or node.name in beyond or read & weights:
+        scale_lost = math.isfinite(limit) and _scale_is_lost(node)
+        if part or node.name in beyond or read & lost or scale_lost:
             names.add(node.name)
-        if read and read <= weights:
-            weights.add(node.name)  # a view of such weights
-    return names
+        if read and read <= constants:
+            constants.add(node.name)
+            if read & lost:
+                lost.add(node.name)  # a view of such weights, or integers by such scales
+    return names | _around(wide, names)
 
 
-def _survives(weight: Tensor) -> bool:
-    """Whether |half(w) - w| <= 2^-8 |w|, as norms.
+def _scale_is_lost(node: Node) -> bool:
+    """Whether the operator has an activation's scale that `in_half` had to leave as it is."""
+    if str(node.target) not in (QUANTIZE, DEQUANTIZE_TENSOR):
+        return False
+    scale = float(node.args[1])  # type: ignore[arg-type]
+    return float(torch.tensor(scale, dtype=torch.float16)) != scale
 
-    It is 2^-12 in fp16's normal range, more for weights far below 6e-5 (tiny layer scales folded
-    into them) and infinite for one beyond 65504.
+
+def _around(program: ExportedProgram, names: set[str]) -> set[str]:
+    """The quantize operators behind kept ones, the dequantize operators before kept ones alone.
+
+    They go to and from integers in any type, so that no cast is needed there.
     """
-    if weight.dtype is not torch.float32:
-        return True
-    error, size = weight.half().float().sub_(weight).norm(), weight.norm()
-    return bool(error <= WEIGHT_ERROR * size)
+    found = set()
+    for node in program.graph.nodes:
+        kind, readers = str(node.target), [user.name for user in node.users]
+        behind = kind == QUANTIZE and node.args[0].name in names
+        before = kind in (DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT)
+        if behind or (before and readers and names.issuperset(readers)):
+            found.add(node.name)
+    return found
 
 
 class _Widening:
@@ -292,57 +326,3 @@ def _rebuilt(program: ExportedProgram) -> ExportedProgram:
         constants=program.constants,
         verifiers=program.verifiers,
     )
-
-
-class HalfInterpreter(Interpreter):
-    """Runs a program with fp16's meaning in float32: each result is rounded to fp16 if it is fp16.
-
-    Values that fp16 stores are float32 tensors of numbers that fp16 has; beyond 65504 they are
-    infinite. Sums inside an operator are float32, as in the runtimes.
-    """
-
-    def __init__(self, program: ExportedProgram) -> None:
-        super().__init__(program.graph_module)
-        self.weights = [_upcast(x) for x in lifted(program)]
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operator that makes fp16 makes float32 here."""
-        args = map_aggregate(args, _wide_type)
-        return super().call_function(target, args, map_aggregate(kwargs, _wide_type))
-
-    def run_node(self, n: Node) -> Any:
-        """Compute and round."""
-        value = super().run_node(n)
-        if n.op != "call_function" or n.target is operator.getitem:
-            return value
-        return pytree.tree_map(_rounded, value, n.meta["val"])
-
-
-def _wide_type(value: Any) -> Any:
-    return torch.float32 if value is torch.float16 else value
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x.float() if x.dtype is torch.float16 else x
-
-
-def _rounded(x: Any, as_traced: Any) -> Any:
-    half = isinstance(as_traced, Tensor) and as_traced.dtype is torch.float16
-    return x.half().float() if half else x
-
-
-def rounded(program: ExportedProgram) -> Callable[..., tuple[Tensor, ...]]:
-    """A half program as a function of its inputs, fast on the CPU: see `HalfInterpreter`.
-
-    PyTorch's own fp16 convolutions took 40 to 80 times as long. Weights are widened once, here.
-    """
-    interpreter = HalfInterpreter(program)
-    values = {n.name: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
-    types = [values[str(name)].dtype for name in program.graph_signature.user_outputs]
-
-    @torch.inference_mode()
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = interpreter.run(*interpreter.weights, *map(_upcast, inputs))
-        return tuple(x.to(dtype) for x, dtype in zip(outputs, types, strict=True))
-
-    return run

@@ -12,6 +12,17 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+# By name: torch knows these operators only once somebody imported what defines them.
+QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
+DEQUANTIZE_TENSOR = "quantized_decomposed.dequantize_per_tensor.default"
+DEQUANTIZE_WEIGHT = "quantized_decomposed.dequantize_per_channel.default"
+QUANTIZED_LINEAR = "fastvlm.quantized_linear.default"
+
+WEIGHT_ERROR = 2.0**-8
+"""Most that fp16 may change a tensor, relative and as norms: half of what int8 usually does."""
+
+SMALLEST = 2.0**-24  # of fp16's subnormal numbers
+
 Inputs = tuple[Tensor, ...]
 """One call's tensors, in the order of the program's own inputs."""
 
@@ -40,7 +51,7 @@ class OpRange:
 def scan(
     program: ExportedProgram, batches: Sequence[Inputs], say: Callable[[str], None]
 ) -> tuple[OpRange, ...]:
-    """Run every batch; one entry per operator that reads floating-point tensors, in order."""
+    """Run every batch; one entry per operator that reads or makes floating-point tensors."""
     if not batches:
         raise ValueError("nothing to scan: no inputs")
     scanner = _Scanner(program)
@@ -56,8 +67,28 @@ def scan(
             leaving=larger((scanner.magnitudes[node.name], scanner.inside[node.name])),
         )
         for node in program.graph.nodes
-        if node.op == "call_function" and any(is_float(n) for n in node.all_input_nodes)
+        if node.op == "call_function" and any(map(is_float, (node, *node.all_input_nodes)))
     )
+
+
+def survives_half(tensor: Tensor) -> bool:
+    """Whether |half(x) - x| <= 2^-8 |x|, as norms, of weights or scales.
+
+    It is 2^-12 in fp16's normal range, more for numbers far below 6e-5 (tiny layer scales folded
+    into weights) and infinite for one beyond 65504. Anything but float32 survives.
+    """
+    if tensor.dtype is not torch.float32:
+        return True
+    error, size = tensor.half().float().sub_(tensor).norm(), tensor.norm()
+    return bool(error <= WEIGHT_ERROR * size)
+
+
+def in_half(scale: Tensor) -> Tensor:
+    """Positive scales rounded to numbers that fp16 has, or as they are if they do not survive it.
+
+    Never to 0, which nothing can be divided by.
+    """
+    return scale.half().float().clamp(min=SMALLEST) if survives_half(scale) else scale
 
 
 def lifted(program: ExportedProgram) -> list[Tensor]:
@@ -138,6 +169,9 @@ def _inside(node: Node, args: tuple[Any, ...], value: Any) -> float:
     """
     if node.target is torch.ops.aten.mean.dim:
         return float(magnitude(value) * args[0].numel() / max(value.numel(), 1))
+    if str(node.target) == QUANTIZED_LINEAR:
+        scale, bits = args[2], args[5]  # weights may be stored as floats: |q - zero point| < 2^bits
+        return float(magnitude(scale) * 2**bits)
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return _scores(args[0], args[1])
     if str(node.target) == "fastvlm.cached_attention.default":

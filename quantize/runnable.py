@@ -1,80 +1,142 @@
 """An ExportedProgram as a function: how PyTorch itself runs what every target is held to."""
 
+import copy
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph as FxGraph
+from torch.fx import Interpreter, Node
+from torch.fx.node import map_aggregate
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from .ops import dequantize, round_activations
+from .ranges import DEQUANTIZE_TENSOR, QUANTIZE, QUANTIZED_LINEAR, lifted
 
 Runnable = Callable[..., tuple[Tensor, ...]]
 
 
-def runnable(program: ExportedProgram) -> Runnable:
+def runnable(program: ExportedProgram, *, exact: bool = False) -> Runnable:
     """The program's own operators in PyTorch; integer weights are dequantized once, not per run.
 
-    Takes the program's inputs and returns all outputs. A program in float16 is run as
-    `half.rounded` does, since PyTorch has no fast float16 convolution on a CPU.
+    Takes the program's inputs and returns all outputs. Both are of the program's types, but with
+    `exact` float32 where those are float16. See `Float32Interpreter` for what is rounded.
     """
-    if any(_is_half(node) for node in program.graph.nodes):
-        from .half import rounded  # noqa: PLC0415 - only where it is needed
+    interpreter = Float32Interpreter(program, exact=exact)
+    values = {n.name: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
+    types = [values[str(name)].dtype for name in program.graph_signature.user_outputs]
 
-        return rounded(program)
-    module = program.module(check_guards=False)  # the traced sizes are examples
-    if not isinstance(module, GraphModule):
-        raise TypeError(type(module))
-    _dequantize_once(module)
-
+    @torch.inference_mode()
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.inference_mode():
-            out = module(*inputs)
-        return out if isinstance(out, tuple) else (out,)
+        outputs = interpreter.run(*map(_widened, inputs))
+        if exact:
+            return tuple(outputs)
+        return tuple(x.to(dtype) for x, dtype in zip(outputs, types, strict=True))
 
     return run
 
 
-def _is_half(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype is torch.float16
+class Float32Interpreter(Interpreter):
+    """Runs a program in float32, with float16's meaning or without any rounding.
+
+    Values that the program stores in float16 are float32 tensors of numbers that float16 has;
+    beyond 65504 they are infinite. Sums inside an operator are float32, as in the runtimes. A
+    weight of integers with float16 scales is such a value, too: rounded, once it is dequantized.
+    PyTorch's own float16 convolutions would take 40 to 80 times as long.
+
+    `exact` rounds nothing, so that another runtime's exact run computes the same real numbers:
+    float16 means float32, quantize is clamp(x / scale + zero point), and activations that are
+    rounded at run time are not.
+
+    What depends on weights alone is computed once, here.
+    """
+
+    def __init__(self, program: ExportedProgram, *, exact: bool = False) -> None:
+        graph = copy.deepcopy(program.graph)
+        _split_linear(graph, exact)
+        super().__init__(program.graph_module, graph=graph)
+        self.exact = exact
+        self.constants = self._constants([_widened(x) for x in lifted(program)])
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The program's own inputs -> its outputs, each as it is inside."""
+        return super().run(*args, initial_env=dict(self.constants), **kwargs)
+
+    @torch.inference_mode()
+    def _constants(self, weights: list[Tensor]) -> dict[Node, Any]:
+        """Weights, and what is made of weights alone; None where only the latter reads them."""
+        nodes = list(self.graph.nodes)
+        self.env = dict(zip(nodes, weights, strict=False))
+        for node in nodes:
+            read = node.all_input_nodes
+            if node.op == "call_function" and read and all(n in self.env for n in read):
+                self.env[node] = self.run_node(node)
+        return {
+            node: None if all(user in self.env for user in node.users) else value
+            for node, value in self.env.items()
+        }
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operator that makes float16 makes float32 here; with `exact` no integers are made."""
+        if self.exact and str(target) in EXACT:
+            return EXACT[str(target)](*args)
+        args = map_aggregate(args, _wide_type)
+        return super().call_function(target, args, map_aggregate(kwargs, _wide_type))
+
+    def run_node(self, n: Node) -> Any:
+        """Compute and round."""
+        value = super().run_node(n)
+        if self.exact or n.op != "call_function" or n.target is operator.getitem:
+            return value
+        return pytree.tree_map(_rounded, value, n.meta["val"])
 
 
-def _dequantize_once(module: GraphModule) -> None:
-    """quantized_linear -> round_activations and a linear layer of float weights."""
-    graph = module.graph
-    weights: dict[str, Node] = {}
+def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, *_: Any) -> Tensor:
+    return (x / scale + zero_point).clamp(low, high)
+
+
+def _dequantize(x: Tensor, scale: float, zero_point: int, *_: Any) -> Tensor:
+    return (x - zero_point) * scale
+
+
+EXACT = {QUANTIZE: _quantize, DEQUANTIZE_TENSOR: _dequantize}
+"""What stands for operators whose results would be integers."""
+
+
+def _split_linear(graph: FxGraph, exact: bool) -> None:
+    """quantized_linear -> dequantize, round_activations and a linear layer of float weights."""
+    weights: dict[tuple[Node, ...], Node] = {}
     for node in list(graph.nodes):
-        if node.target is not torch.ops.fastvlm.quantized_linear.default:
+        if str(node.target) != QUANTIZED_LINEAR:
             continue
         x, weight, scale, zero_point, bias, _, activation_group = node.args
         with graph.inserting_before(node):
-            if weight.target not in weights:
-                name = f"dequantized_{len(weights)}"
-                module.register_buffer(
-                    name,
-                    dequantize(
-                        _constant(module, weight),
-                        _constant(module, scale),
-                        None if zero_point is None else _constant(module, zero_point),
-                    ),
-                )
-                weights[weight.target] = graph.get_attr(name)
-            rounded = graph.call_function(round_activations, (x, activation_group))
-            linear = graph.call_function(F.linear, (rounded, weights[weight.target], bias))
+            integers = (weight, scale, zero_point)
+            if integers not in weights:
+                weights[integers] = graph.call_function(dequantize, integers)
+                weights[integers].meta["val"] = scale.meta["val"]  # of the type, not the shape
+            entering = x
+            if not exact:
+                entering = graph.call_function(round_activations, (x, activation_group))
+                entering.meta["val"] = None  # rounded to integers, not to a type
+            linear = graph.call_function(F.linear, (entering, weights[integers], bias))
+        linear.meta = node.meta
         node.replace_all_uses_with(linear)
         graph.erase_node(node)
-    if weights:
-        graph.eliminate_dead_code()
-        module.delete_all_unused_submodules()
-        module.recompile()
 
 
-def _constant(module: GraphModule, node: Node) -> Tensor:
-    value = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{node.target} is no constant")
-    return value.detach()
+def _wide_type(value: Any) -> Any:
+    return torch.float32 if value is torch.float16 else value
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype is torch.float16 else x
+
+
+def _rounded(x: Any, as_traced: Any) -> Any:
+    half = isinstance(as_traced, Tensor) and as_traced.dtype is torch.float16
+    return x.half().float() if half else x

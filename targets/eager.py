@@ -79,14 +79,20 @@ class ProgramSession(_TorchSession):
     """Exported programs, run by PyTorch: what a quantized artifact is held to.
 
     `programs` are `graphs.build`'s, with their interface: float32 but for a cache that may be
-    float16.
+    float16. With `exact` nothing is rounded anywhere, and the cache is float32: see `runnable`.
     """
 
     def __init__(
-        self, programs: Mapping[str, ExportedProgram], config: DecoderConfig, context: int
+        self,
+        programs: Mapping[str, ExportedProgram],
+        config: DecoderConfig,
+        context: int,
+        *,
+        exact: bool = False,
     ) -> None:
         decoder = programs["decoder"]
         first_key = decoder.graph_signature.user_inputs[2]
         values = {node.name: node.meta.get("val") for node in decoder.graph.nodes}
-        functions = {name: runnable(program) for name, program in programs.items()}
-        super().__init__(functions, config, context, values[str(first_key)].dtype)
+        cache_type = torch.float32 if exact else values[str(first_key)].dtype
+        functions = {name: runnable(program, exact=exact) for name, program in programs.items()}
+        super().__init__(functions, config, context, cache_type)

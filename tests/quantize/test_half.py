@@ -25,8 +25,9 @@ from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.preprocess import preprocess
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.samples import samples
-from fastvlm_export.quantize.half import Half, HalfInterpreter, rounded, to_half
+from fastvlm_export.quantize.half import Half, to_half
 from fastvlm_export.quantize.ranges import larger, magnitude
+from fastvlm_export.quantize.runnable import Float32Interpreter, runnable
 from fastvlm_export.targets import onnx_lowering
 
 LIMIT = 32752.0  # the recipe's
@@ -71,7 +72,7 @@ def errors(half: Half, graph: Graph, inputs: tuple[Tensor, ...]) -> list[float]:
     """Of every output, against the module in float32."""
     expected = graph.module(*inputs)
     expected = expected if isinstance(expected, tuple) else (expected,)
-    found = rounded(half.program)(*half_inputs(half.program, inputs))
+    found = runnable(half.program)(*half_inputs(half.program, inputs))
     return [error(f, e) for f, e in zip(found, expected, strict=True)]
 
 
@@ -132,12 +133,12 @@ def test_activations_of_6e4_survive_where_naive_fp16_fails(plain: FastVLM) -> No
     assert error(graph.module(*inputs), expected) < 1e-5  # it is the same function
 
     naive = to_half(graph, [inputs], math.inf, silent)
-    (features,) = rounded(naive.program)(*inputs)
+    (features,) = runnable(naive.program)(*inputs)
     assert naive.kept == ()
     assert not features.isfinite().all()
 
     half = to_half(graph, [inputs], LIMIT, silent)
-    (features,) = rounded(half.program)(*inputs)
+    (features,) = runnable(half.program)(*inputs)
     assert error(features, expected) < ROUNDING
     kept = {(r.layer, r.op) for r in half.kept}
     assert kept == {
@@ -152,7 +153,7 @@ def test_activations_of_6e4_survive_where_naive_fp16_fails(plain: FastVLM) -> No
     assert peaks[f"{BLOCK}.token_mixer.reparam_conv"] == pytest.approx(6e4, rel=0.2)
 
 
-class Stored(HalfInterpreter):
+class Stored(Float32Interpreter):
     """Remembers the largest magnitude that is stored in fp16."""
 
     largest = 0.0
@@ -167,7 +168,7 @@ class Stored(HalfInterpreter):
 @torch.inference_mode()
 def largest_in_half(half: Half, inputs: tuple[Tensor, ...]) -> float:
     interpreter = Stored(half.program)
-    interpreter.run(*interpreter.weights, *inputs)
+    interpreter.run(*inputs)
     return interpreter.largest
 
 
@@ -272,7 +273,7 @@ def test_the_interface_stays_float32_but_for_the_cache(plain: FastVLM) -> None:
                 integer = tensor in ("input_ids", "attention_mask")
                 assert values[node].dtype is (torch.int64 if integer else expected)
         found = program.module(check_guards=False)(*half_inputs(program, inputs))
-        mine = rounded(program)(*half_inputs(program, inputs))
+        mine = runnable(program)(*half_inputs(program, inputs))
         for theirs, ours in zip(found if name == "decoder" else [found], mine, strict=True):
             assert theirs.dtype is ours.dtype
             assert error(theirs, ours.float()) < ROUNDING  # PyTorch's own fp16 kernels
@@ -330,7 +331,7 @@ def test_the_bundled_model_in_fp16_and_in_onnx_runtime(
     expected = graph.module(*inputs)
     expected = expected[0] if isinstance(expected, tuple) else expected
     inputs = half_inputs(half.program, inputs)
-    found, *_ = eager = rounded(half.program)(*inputs)
+    found, *_ = eager = runnable(half.program)(*inputs)
     noise = (found - expected).square().mean().item()
     psnr = 10 * math.log10(expected.abs().max().item() ** 2 / noise)
 
