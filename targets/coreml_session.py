@@ -180,7 +180,7 @@ class _CoreMLModel:
         self._inputs = {one.name: _shape(one.type.multiArrayType) for one in described.input}
         try:
             self._model = coremltools.models.CompiledMLModel(
-                str(compiled(package)),
+                str(compiled(package, compute_units)),
                 compute_units=core_ml_unit(compute_units),
                 # A package without a table of functions has one that goes by no name.
                 function_name=getattr(described, "name", None),
@@ -250,23 +250,27 @@ def _shape(array: Any) -> tuple[int, ...]:
     return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
 
-def compiled_folder(package: Path) -> Path:
-    """Where the compiled form of the package at this path is kept: the user's caches."""
-    place = hashlib.sha256(str(package.resolve()).encode()).hexdigest()[:16]
+def compiled_folder(package: Path, compute_units: str) -> Path:
+    """Where the compiled form of the package at this path is kept: the user's caches.
+
+    Each choice of units has its own: what the system derives from it depends on them, and a cold
+    load on some must not make the next one on others cold.
+    """
+    place = hashlib.sha256(f"{package.resolve()}\n{compute_units}".encode()).hexdigest()[:16]
     return Path.home() / "Library" / "Caches" / "fastvlm-export" / place
 
 
-def forget_compiled(package: Path) -> None:
-    """Make the next load compile the package again."""
-    shutil.rmtree(compiled_folder(package), ignore_errors=True)
+def forget_compiled(package: Path, compute_units: str) -> None:
+    """Make the next load on these units compile the package again."""
+    shutil.rmtree(compiled_folder(package, compute_units), ignore_errors=True)
 
 
-def compiled(package: Path) -> Path:
+def compiled(package: Path, compute_units: str) -> Path:
     """The package's `.mlmodelc`: compiled now, unless its files are those compiled before.
 
     Raises what coremltools does where it can't be compiled.
     """
-    kept = compiled_folder(package)
+    kept = compiled_folder(package, compute_units)
     path = kept / _stamp(package) / f"{package.stem}.mlmodelc"
     if path.is_dir():
         return path
