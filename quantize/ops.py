@@ -1,4 +1,4 @@
-"""`fastvlm::quantized_linear` and `fastvlm::quantized_embedding`: integer weights as one operator.
+"""Quantized weights as operators of their own: integers times scales, or indices into tables.
 
 One node in the ExportedProgram, so that a target packs the very integers and picks its runtime's
 fused kernel. The eager implementations below are the definitions that every target is held to.
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 FLOAT_ACTIVATIONS, PER_TOKEN = 0, -1
 """Values of `activation_group` that are not a number of values."""
+
+CHUNK = 2**23  # values looked up at once: 32-bit places of a whole table would be its size again
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -89,3 +91,47 @@ def _(
     input_ids: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
 ) -> Tensor:
     return scale.new_empty((*input_ids.shape, weight.shape[1]))
+
+
+@torch.library.custom_op("fastvlm::lookup", mutates_args=())
+def lookup(indices: Tensor, table: Tensor) -> Tensor:
+    """The weights that indices stand for: out[n,...] = table[n // (N / G), indices[n,...]].
+
+    Indices uint8 [N,...], table float [G,E], G dividing N: each N / G consecutive rows (a layer's
+    output channels) share one row of E values, more than the largest index. Gives [N,...] of the
+    table's type.
+    """
+    groups, entries = table.shape
+    flat, values = indices.reshape(groups, -1), table.flatten()
+    out = table.new_empty(flat.shape)
+    first = torch.arange(0, groups * entries, entries, dtype=torch.int32)[:, None]
+    step = max(1, CHUNK // max(1, flat.shape[1]))
+    for part, offset, into in zip(
+        flat.split(step), first.split(step), out.split(step), strict=True
+    ):
+        for columns, to in zip(part.split(CHUNK, 1), into.split(CHUNK, 1), strict=True):
+            places = columns.int() + offset
+            to.copy_(values.index_select(0, places.flatten()).reshape(places.shape))
+    return out.reshape(indices.shape)
+
+
+@lookup.register_fake
+def _(indices: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty(indices.shape)
+
+
+@torch.library.custom_op("fastvlm::palettized_embedding", mutates_args=())
+def palettized_embedding(input_ids: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """Rows of lookup(indices, table): ids [B,S] int64, indices uint8 [V,D], table [G,E] -> [B,S,D].
+
+    Only the rows that are asked for are looked up; [B,S,D] has the table's type.
+    """
+    ids = input_ids.flatten()
+    tables = table[ids // (len(indices) // len(table))]
+    out: Tensor = tables.gather(1, indices[ids].long()).unflatten(0, input_ids.shape)
+    return out
+
+
+@palettized_embedding.register_fake
+def _(input_ids: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty((*input_ids.shape, indices.shape[1]))

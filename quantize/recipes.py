@@ -38,11 +38,15 @@ class Part(StrEnum):
 
 
 class Method(StrEnum):
-    """How integers are chosen for float weights."""
+    """How integers are chosen for float weights: three for integer times scale, one for tables.
+
+    `palette`: k-means finds the values of a lookup table, and each weight is an index into it.
+    """
 
     RTN = "rtn"
     HQQ = "hqq"
     GPTQ = "gptq"
+    PALETTE = "palette"
 
 
 class Activations(StrEnum):
@@ -54,12 +58,15 @@ class Activations(StrEnum):
 
 
 METHODS = {
-    Part.VISION: (Method.RTN,),
-    Part.EMBEDDING: (Method.RTN, Method.HQQ),
+    Part.VISION: (Method.RTN, Method.PALETTE),
+    Part.EMBEDDING: (Method.RTN, Method.HQQ, Method.PALETTE),
     Part.DECODER: tuple(Method),
     Part.HEAD: tuple(Method),
 }
 """How integers can be chosen for each part: a table has no products for GPTQ to look at."""
+
+PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+"""Sizes of an index into a lookup table, as Core ML stores them."""
 
 ACTIVATIONS = {
     Part.VISION: (Activations.FLOAT, Activations.STATIC),
@@ -87,6 +94,10 @@ class Precision:
     channel. Symmetric weights are integer * scale, others (integer - zero point) * scale.
     `static` activations are unsigned, one scale and zero point per tensor, from calibration;
     `dynamic` ones symmetric, rounded at run time with one scale per token and weight group.
+
+    Under `palette` a weight is an index of `bits` bits into a table of 2^bits floats, which
+    `group_size` consecutive output channels share; None: all of the layer. Activations are `float`,
+    and `symmetric` says nothing: it stays true.
     """
 
     bits: int | None = None
@@ -95,6 +106,11 @@ class Precision:
     method: Method = Method.RTN
     activations: Activations = Activations.FLOAT
     activation_bits: int = 8
+
+    @property
+    def palettized(self) -> bool:
+        """Whether weights are indices into lookup tables."""
+        return self.bits is not None and self.method is Method.PALETTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +183,11 @@ class Recipe:
             for rule in self.layers
         )
         return (*parts, *rules)
+
+    @property
+    def palettized(self) -> bool:
+        """Whether a layer may get lookup tables."""
+        return any(precision.palettized for precision in self.precisions)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -273,6 +294,8 @@ def unused_rules(recipe: Recipe, layers: Iterable[str]) -> list[str]:
 _VISION = Precision(bits=8, activations=Activations.STATIC)
 _TABLE = Precision(bits=8)
 _DYNAMIC = Precision(bits=8, activations=Activations.DYNAMIC)
+_LUT4 = Precision(bits=4, group_size=16, method=Method.PALETTE)
+_LUT6 = Precision(bits=6, method=Method.PALETTE)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -298,6 +321,24 @@ RECIPES: dict[str, Recipe] = {
             decoder=Precision(bits=4, group_size=32, activations=Activations.DYNAMIC),
             head=_DYNAMIC,
             limits=LossLimits(mean_kl=0.5, accuracy_points=2.0),
+        ),
+        Recipe(
+            name="lut4",
+            float_format=Float.FP16,
+            vision=_LUT4,
+            embedding=_LUT4,
+            decoder=_LUT4,
+            head=_LUT4,
+            limits=LossLimits(mean_kl=0.5, accuracy_points=2.0),
+        ),
+        Recipe(
+            name="lut6",
+            float_format=Float.FP16,
+            vision=_LUT6,
+            embedding=_LUT6,
+            decoder=_LUT6,
+            head=_LUT6,
+            limits=LossLimits(mean_kl=0.05, accuracy_points=1.0),
         ),
     )
 }
