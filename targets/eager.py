@@ -13,7 +13,7 @@ from ..quantize.runnable import Runnable, runnable
 from .base import Array, TokenIds, check_context
 
 
-class _TorchSession:
+class TorchSession:
     """The three graphs as functions in PyTorch, and the cache between them. See `Session`."""
 
     def __init__(
@@ -58,7 +58,7 @@ class _TorchSession:
         self.past = self.empty
 
 
-class EagerSession(_TorchSession):
+class EagerSession(TorchSession):
     """A FastVLM in float32 on the CPU."""
 
     def __init__(self, model: FastVLM, context: int, *, channels_last: bool = False) -> None:
@@ -75,7 +75,7 @@ class EagerSession(_TorchSession):
         super().__init__(functions, model.config.decoder, context)
 
 
-class ProgramSession(_TorchSession):
+class ProgramSession(TorchSession):
     """Exported programs, run by PyTorch: what a quantized artifact is held to.
 
     `programs` are `graphs.build`'s, with their interface: float32 but for a cache that may be
