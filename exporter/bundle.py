@@ -16,18 +16,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import ExportError
 from .preprocess import Preprocessing, Strategy
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 REPORT_FOLDER = "report"
 ASIDE = ".old"
-VALIDATE_HINT = "Export it again: fastvlm-export --checkpoint DIR --target onnx --out DIR"
+VALIDATE_HINT = "Export it again: fastvlm-export --checkpoint DIR --target TARGET --out DIR"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Manifest:
     """Everything a client or a later `validate` needs to know about a bundle.
 
     `recipe` is the recipe as data, with its `name`; `quantization` is what applying it found:
-    calibration images with their hashes, operators that stayed in float32.
+    calibration images with their hashes, operators that stayed in float32. `artifact` is what a
+    client must know of the target's files beside their tensors: layout, prefill chunk, ...
     """
 
     schema: int
@@ -68,6 +69,7 @@ class Manifest:
     graphs: Mapping[str, Mapping[str, Mapping[str, str]]]
     versions: Mapping[str, str]
     files: Mapping[str, str]
+    artifact: Mapping[str, str | int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Sorted, indented, with a final newline: the same manifest is the same bytes."""
@@ -98,9 +100,12 @@ class Manifest:
             }
             for key in ("resolution", "context", "image_tokens"):
                 _positive(values[key])
-            for key in ("files", "recipe", "quantization"):
+            for key in ("files", "recipe", "quantization", "artifact"):
                 if not isinstance(values[key], dict):
                     raise TypeError(f"{key} is not a table")
+            for key, value in values["artifact"].items():
+                if not isinstance(value, str | int) or isinstance(value, bool):
+                    raise TypeError(f"artifact's {key} is {value!r}, no text or whole number")
             return cls(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ExportError(f"{MANIFEST} is damaged: {error!r}.", VALIDATE_HINT) from error

@@ -114,6 +114,12 @@ def export(
     random: Random = None,
     seed: Seed = 0,
     runs: Runs = 5,
+    layout: Annotated[
+        str | None, typer.Option(help="Core ML: the client that it is for, such as apple-app.")
+    ] = None,
+    deployment_target: Annotated[
+        str | None, typer.Option(help="Core ML: the oldest system, such as iOS18.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -122,6 +128,7 @@ def export(
     if context.invoked_subcommand is not None:
         _refuse_stray_options(context)
         return
+    from ..targets.base import Options  # noqa: PLC0415 - imports NumPy
     from ..validate.latency import Plan  # noqa: PLC0415 - imports NumPy
     from . import pipeline  # noqa: PLC0415 - imports torch
 
@@ -138,6 +145,7 @@ def export(
         images=tuple(image or ()),
         force=force,
         plan=Plan(runs=runs, least_runs=min(runs, 3), loads=1),
+        options=Options(layout=layout, deployment_target=deployment_target),
     )
     outcomes = with_progress(quiet, lambda bars: pipeline.export(request, bars))
     _finish(outcomes, as_json=as_json, quiet=quiet)
@@ -314,21 +322,22 @@ def list_targets(as_json: AsJson = False) -> None:
     """List the targets: what each can do here, and which recipes it takes."""
     from .. import targets as formats  # noqa: PLC0415
     from ..quantize.recipes import RECIPES  # noqa: PLC0415
-    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+    from ..validate import sessions, terminal  # noqa: PLC0415 - imports NumPy
 
     rows = []
     for name in formats.TargetName:
         target = formats.get(name)
-        here = target.availability()
+        here, runtime = target.availability(), sessions.runs_here(name)
         rows.append(
             {
                 "target": str(name),
                 "lower": here.lower,
                 "run": here.run,
+                "runtime": runtime.name if runtime else None,
                 "recipes": [
                     recipe
                     for recipe, values in RECIPES.items()
-                    if not target.problems(values, None)
+                    if not target.problems(target.adapt(values), None)
                 ],
                 "versions": dict(here.versions),
                 "remedy": here.remedy,

@@ -1,62 +1,51 @@
 """The whole flow: checkpoint -> graphs -> artifact -> proof -> published bundle."""
 
 import dataclasses
+import functools
+import gc
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from .. import __version__, targets
-from ..quantize import recipe_file
+from .. import __version__
 from ..quantize.apply import Quantized, Record, needs_calibration, quantize
-from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
-from ..quantize.recipes import Recipe, recorded, unused_rules
-from ..quantize.weights import layer_names, layer_widths
-from ..targets.base import Target
+from ..quantize.recipes import recorded
 from ..targets.eager import ProgramSession
 from ..validate.latency import Plan
 from ..validate.machine import peak_memory
-from ..validate.proof import Proof, Reference, examine, prove, pytorch_peer
+from ..validate.proof import (
+    Original,
+    Proof,
+    Reference,
+    examine,
+    prove,
+    pytorch_peer,
+    run_original,
+)
 from ..validate.report import Example, Export, Folding, Report
 from ..validate.report import files_of as report_files
+from ..validate.sessions import NOT_TIMED, has_exact, runtime
 from . import bundle as bundles
 from . import doctor, prompt
 from .bundle import Bundle, Manifest, Source
 from .checkpoint import Checkpoint
 from .clock import Clock
-from .config import FastVLMConfig
-from .errors import ExportError, raise_together
-from .model.fastvlm import FastVLM, build
+from .errors import ExportError
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
+from .requests import Chosen, ExportRequest, check, check_layers
 from .samples import Sample, samples
 from .source import SourceRequest, contract, load_source, recorded_source
 from .spec import ExportSpec
 from .tensor_names import Layout
 
+__all__ = ["ExportRequest", "Outcome", "contract", "export", "validate"]
+
 RECORDED_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pillow")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What `fastvlm-export` was asked for. None means the checkpoint's own.
-
-    `recipe` is a built-in's name or a path of a TOML file, `calibration` a folder of images.
-    """
-
-    source: SourceRequest
-    out: Path
-    targets: tuple[str, ...] = (targets.TargetName.ONNX,)
-    recipe: str = "fp32"
-    calibration: Path | None = None
-    resolution: int | None = None
-    context: int | None = None
-    images: tuple[Path, ...] = ()
-    force: bool = False
-    plan: Plan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,49 +64,100 @@ class Outcome:
         return self.report.passed
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What all targets of one export share. `original` runs the checkpoint, once."""
+
+    request: ExportRequest
+    checkpoint: Checkpoint
+    spec: ExportSpec
+    images: Sequence[Sample]
+    folding: Folding
+    clock: Clock
+    original: Callable[[], Original]
+
+
 def export(request: ExportRequest, progress: Progress | None = None) -> list[Outcome]:
     """Export to every target, prove each artifact, and publish all of them at `request.out`.
 
     With one target `out` is its bundle, with several a folder of bundles named by target. Nothing
     is published unless every gate of every target held; what failed is kept at `out` + ".failed".
-    Raises ExportError before any long work when the request itself is wrong.
+    Targets that compute a recipe alike share one quantized model; one such model is in memory at a
+    time. Raises ExportError before any long work when the request itself is wrong.
     """
     clock = Clock(progress or Silent())
-    chosen, recipe, calibration = _check(request)
+    checked = check(request)
     out = Path(os.path.normpath(request.out.absolute()))
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
-    _refuse(recipe, chosen, build(_folded(checkpoint.config)))
+    check_layers(checked, checkpoint.config)
     spec = contract(checkpoint, request.resolution, request.context)
     images = samples(request.images)
     clock.stage("Reparameterize the tower")
     folded = reparameterize(checkpoint.model(), clock.detail)
-    folding = Folding.of(folded)
-    clock.stage("Apply the recipe and trace the graphs" if recipe.quantized else "Trace the graphs")
-    quantized = quantize(folded.model, recipe, spec, calibration, clock.detail)
-    del folded  # the float weights: what comes next needs the memory
+    work = _Work(
+        request=request,
+        checkpoint=checkpoint,
+        spec=spec,
+        images=images,
+        folding=Folding.of(folded),
+        clock=clock,
+        original=functools.cache(lambda: run_original(checkpoint, spec, images, clock)),
+    )
     with bundles.staging(out) as folder:
-        built = []
-        for name, target in chosen.items():
-            place = folder / name if len(chosen) > 1 else folder
-            place.mkdir(exist_ok=True)
-            clock.stage(f"Lower to {name}")
-            seed = request.source.seed
-            built.append(_lower(name, target, quantized, spec, checkpoint, seed, place))
-        baseline = examine(_reference(checkpoint, spec, quantized), images, clock)
-        outcomes = []
-        for bundle in built:
-            peer = pytorch_peer(bundle, request.source)
-            proof = prove(
-                baseline, bundle, images=images, plan=request.plan, peer=peer, clock=clock
+        several = len(checked.chosen) > 1
+        places = {one.name: folder / one.name if several else folder for one in checked.chosen}
+        reports: dict[str, Report] = {}
+        groups = list(checked.groups.items())
+        while groups:
+            recipe, group = groups.pop(0)
+            clock.stage(
+                "Apply the recipe and trace the graphs" if recipe.quantized else "Trace the graphs"
             )
-            report = _report(checkpoint, bundle, proof, images, folding, quantized.record, clock)
-            report.write(bundle.path / bundles.REPORT_FOLDER)
-            outcomes.append((bundle.path.relative_to(folder), report))
+            quantized = quantize(folded.model, recipe, spec, checked.calibration, clock.detail)
+            if not groups:
+                del folded  # the float weights: what comes next needs the memory
+            reports |= _export_group(work, group, quantized, places)
+            del quantized
+            gc.collect()  # graph modules refer to themselves: the next group needs the memory
         clock.stage("Publish")
-        final = out if all(report.passed for _, report in outcomes) else _failed(out)
+        final = out if all(report.passed for report in reports.values()) else _failed(out)
         bundles.publish(folder, final)
-    return [Outcome(path=final / place, report=report) for place, report in outcomes]
+    return [
+        Outcome(path=final / places[one.name].relative_to(folder), report=reports[one.name])
+        for one in checked.chosen
+    ]
+
+
+def _export_group(
+    work: _Work, group: Sequence[Chosen], quantized: Quantized, places: Mapping[str, Path]
+) -> dict[str, Report]:
+    """Lower one quantized model to the targets that compute it, and prove each; by target."""
+    clock, checkpoint = work.clock, work.checkpoint
+    built = []
+    for one in group:
+        places[one.name].mkdir(exist_ok=True)
+        clock.stage(f"Lower to {one.name}")
+        built.append(_lower(one, quantized, work, places[one.name]))
+    exact = any(map(has_exact, built))
+    reference = _reference(checkpoint, work.spec, quantized, exact=exact)
+    baseline = examine(reference, work.original(), clock)
+    reports = {}
+    for bundle in built:
+        proof = prove(
+            baseline,
+            bundle,
+            images=work.images,
+            plan=work.request.plan,
+            peer=pytorch_peer(bundle, work.request.source),
+            clock=clock,
+        )
+        report = _report(
+            checkpoint, bundle, proof, work.images, work.folding, quantized.record, clock
+        )
+        report.write(bundle.path / bundles.REPORT_FOLDER)
+        reports[bundle.manifest.target] = report
+    return reports
 
 
 def validate(
@@ -147,7 +187,8 @@ def validate(
     spec = contract(checkpoint, manifest.resolution, manifest.context)
     shown = samples(images)
     quantized = _again(checkpoint, manifest, spec, calibration, clock)
-    baseline = examine(_reference(checkpoint, spec, quantized), shown, clock)
+    reference = _reference(checkpoint, spec, quantized, exact=has_exact(bundle))
+    baseline = examine(reference, run_original(checkpoint, spec, shown, clock), clock)
     proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
     record = quantized.record if quantized else None
     report = _report(checkpoint, bundle, proof, shown, None, record, clock)
@@ -155,79 +196,10 @@ def validate(
     return Outcome(path=path, report=report)
 
 
-def _check(request: ExportRequest) -> tuple[dict[str, Target], Recipe, Calibration | None]:
-    """All that is wrong with a request and can be known before work starts, at once."""
-    problems: list[ExportError] = []
-    chosen: dict[str, Target] = {}
-    recipe, calibration = Recipe(name=""), None
-
-    def attempt(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except ExportError as error:
-            problems.append(error)
-
-    def choose(name: str) -> None:
-        target = targets.get(name)
-        availability = target.availability()
-        if not (availability.lower and availability.run):
-            raise ExportError(f"Target '{name}' can't be used here.", availability.remedy)
-        chosen[name] = target
-
-    def read_recipe() -> None:
-        nonlocal recipe
-        recipe = recipe_file.find(request.recipe)
-
-    def read_calibration() -> None:
-        nonlocal calibration
-        if request.calibration or needs_calibration(recipe):
-            calibration = load_calibration(request.calibration)
-
-    attempt(read_recipe)
-    for name in request.targets:
-        attempt(lambda name=name: choose(name))  # type: ignore[misc]
-    attempt(lambda: _refuse(recipe, chosen))
-    attempt(read_calibration)
-    attempt(lambda: bundles.check_out(request.out, force=request.force))
-    attempt(lambda: samples(request.images))
-    raise_together(problems)
-    return chosen, recipe, calibration
-
-
-def _folded(config: FastVLMConfig) -> FastVLMConfig:
-    """The sizes after reparameterization, whose layers a recipe speaks about."""
-    return replace(config, tower=replace(config.tower, train_form=False))
-
-
-def _refuse(recipe: Recipe, chosen: Mapping[str, Target], model: FastVLM | None = None) -> None:
-    """Raise ExportError with all that the targets can't express of a recipe.
-
-    With a model, also groups that don't divide a layer and rules that match none.
-    """
-    widths, tied, found = None, False, []
-    if model is not None:
-        widths, tied = layer_widths(model.decoder), model.config.decoder.tied
-        found = unused_rules(recipe, layer_names(model))
-    for target in chosen.values():
-        found += target.problems(recipe, widths, tied=tied)
-    if found:
-        raise ExportError(
-            "\n".join(found),
-            "Change the recipe, or the target: `fastvlm-export targets` shows who takes which.",
-        )
-
-
-def _lower(
-    name: str,
-    target: Target,
-    quantized: Quantized,
-    spec: ExportSpec,
-    checkpoint: Checkpoint,
-    seed: int,
-    place: Path,
-) -> Bundle:
-    recipe = quantized.record.recipe
-    artifact = target.lower(quantized.programs, spec, recipe, place)
+def _lower(one: Chosen, quantized: Quantized, work: _Work, place: Path) -> Bundle:
+    """Write one target's artifact and the manifest beside it."""
+    checkpoint, spec, recipe = work.checkpoint, work.spec, quantized.record.recipe
+    artifact = one.target.lower(quantized.programs, spec, recipe, place, one.options)
     packages = {package: version(package) for package in RECORDED_PACKAGES}
     is_random = checkpoint.layout is Layout.RANDOM
     manifest = Manifest(
@@ -236,9 +208,9 @@ def _lower(
             name=checkpoint.name,
             layout=checkpoint.layout,
             sha256=checkpoint.sha256,
-            seed=seed if is_random else None,
+            seed=work.request.source.seed if is_random else None,
         ),
-        target=name,
+        target=one.name,
         recipe=recipe.to_dict(),
         quantization=quantized.record.to_dict(),
         resolution=spec.preprocessing.resolution,
@@ -251,10 +223,11 @@ def _lower(
         eos_token_ids=spec.eos_token_ids,
         model=dataclasses.asdict(checkpoint.config),
         graphs=artifact.graphs,
+        artifact=artifact.details,
         versions={
             "fastvlm-export": __version__,
             **packages,
-            **target.availability().versions,
+            **one.target.availability().versions,
         },
         files=bundles.files_of(place),
     )
@@ -262,15 +235,19 @@ def _lower(
     return bundles.open_bundle(place)
 
 
-def _reference(checkpoint: Checkpoint, spec: ExportSpec, quantized: Quantized | None) -> Reference:
+def _reference(
+    checkpoint: Checkpoint, spec: ExportSpec, quantized: Quantized | None, *, exact: bool
+) -> Reference:
+    """What artifacts are held to; `exact`: some are compared without rounding, too."""
     if quantized is None or not quantized.record.recipe.quantized:
         return Reference(checkpoint=checkpoint, spec=spec)
-    programs = quantized.programs
+    session = functools.partial(ProgramSession, quantized.programs, spec.decoder, spec.context)
     return Reference(
         checkpoint=checkpoint,
         spec=spec,
         recipe=quantized.record.recipe,
-        quantized=lambda: ProgramSession(programs, spec.decoder, spec.context),
+        quantized=session,
+        exact=functools.partial(session, exact=True) if exact else None,
     )
 
 
@@ -319,6 +296,7 @@ def _report(
 ) -> Report:
     facts = doctor.describe(checkpoint).to_dict()
     del facts["path"]  # a report is handed on; where the files lay is nobody's business
+    where = runtime(bundle)
     return Report(
         source=checkpoint.name,
         target=bundle.manifest.target,
@@ -333,8 +311,11 @@ def _report(
         quantized=record if record and record.recipe.quantized else None,
         quantization=proof.quantization,
         parity=proof.parity,
+        exact=proof.exact,
         accuracy=proof.accuracy,
         latency=proof.latency,
+        latency_note="" if where.device else NOT_TIMED,
+        runtime=where,
         examples=_examples(checkpoint, proof, images),
     )
 

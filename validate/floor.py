@@ -3,7 +3,8 @@
 Where activations are rounded, one that is next to a boundary falls on the other side for a
 difference of one part in 10^7, and the whole step travels on. How far it gets depends on the model:
 deep towers, and random weights above all, amplify it. No artifact can be nearer to its reference
-than the reference is to itself, so this is measured, and the limits leave room for it.
+than the reference is to itself, so this is measured, and the limits leave room for it. What sets
+artifacts apart before that is one rounding of the format in between: float32's, or float16's.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..quantize.recipes import Activations, Recipe
+from ..quantize.recipes import Activations, Float, Recipe
 from ..targets.base import Array, Session, TokenIds
+from .formats import NOISE
 from .limits import Limits
 from .parity import ParityResult, Scope, Stage, compare
 from .recording import Progress, Recording
 
-MOVE = 2e-7  # standard deviation, in parts of each value: two roundings of float32
+MOVES = {Float.FP32: 2e-7, Float.FP16: 2.0**-11}
+"""Standard deviation in parts of each value: two roundings of float32, one of float16."""
 ROOM = 2.0  # of an amplitude; both runs are draws of the same noise, and the worst of a few varies
 
 _LOGITS = {
@@ -29,6 +32,7 @@ _LOGITS = {
 _FIELDS = {
     (Stage.IMAGE_FEATURES, "max relative"): ("features", ROOM),
     (Stage.IMAGE_FEATURES, "RMS relative"): ("features_rms", ROOM),
+    (Stage.IMAGE_FEATURES, NOISE): ("features_noise", ROOM),
     (Stage.IMAGE_FEATURES, "1 - cosine"): ("cosine", ROOM**2),
     **{(Stage.FIRST_TOKEN, name): field for name, field in _LOGITS.items()},
     **{(Stage.TEACHER_FORCED, name): field for name, field in _LOGITS.items()},
@@ -39,12 +43,12 @@ _FIELDS = {
 class _Moved:
     """A session whose image and prompt arrive with a rounding's noise on every value."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, move: float) -> None:
+        self.session, self.move = session, move
         self.noise = np.random.default_rng(0)
 
     def _move(self, x: Array) -> Array:
-        return (x * (1 + self.noise.normal(0, MOVE, x.shape))).astype(np.float32)
+        return (x * (1 + self.noise.normal(0, self.move, x.shape))).astype(np.float32)
 
     def encode_image(self, pixels: Array) -> Array:
         return self.session.encode_image(self._move(pixels))
@@ -68,11 +72,13 @@ def rounding_floor(
     recordings: Sequence[Recording],
     session: Session,
     limits: Limits,
+    recipe: Recipe,
     progress: Progress | None = None,
 ) -> ParityResult:
-    """The session, moved, against its own recordings."""
+    """The session, moved as the recipe's float format rounds, against its own recordings."""
     cases = [recording.case for recording in recordings]
-    return compare(recordings, cases, _Moved(session), limits, progress)
+    moved = _Moved(session, MOVES[recipe.float_format])
+    return compare(recordings, cases, moved, limits, progress)
 
 
 def _changed(floor: ParityResult, case: str) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 
+from .metrics import decibels
+
 TARGET_NAMES = {
     "onnx": "ONNX",
     "tensorrt": "TensorRT",
@@ -13,6 +15,9 @@ TARGET_NAMES = {
     "executorch": "ExecuTorch",
     "pytorch": "PyTorch eager",
 }
+NOISE = "noise / peak"
+"""The check that people know as PSNR: -20 log10 of it, in dB, of which more is better."""
+
 PART_NAMES = {
     "load_cold": "Load, cold",
     "load_warm": "Load, warm",
@@ -69,6 +74,23 @@ def number(value: float) -> str:
         return f"{value:.3g}"
     digits, exponent = f"{value:.2e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
+
+
+def check_name(name: str) -> str:
+    """A check as people know it."""
+    return "PSNR" if name == NOISE else name
+
+
+def check_value(name: str, value: float) -> str:
+    """A check's value in the unit that people know it by."""
+    if name != NOISE or not math.isfinite(value):
+        return number(value)
+    return f"{number(decibels(value))} dB"
+
+
+def check_limit(name: str, limit: float) -> str:
+    """A check's limit likewise: where more is better it is the least."""
+    return f"≥ {check_value(name, limit)}" if name == NOISE else number(limit)
 
 
 def target_name(name: str) -> str:

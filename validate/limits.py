@@ -1,4 +1,7 @@
-"""How far an artifact may be from its reference: what rounding explains, by recipe."""
+"""How far an artifact may be from its reference: what rounding explains, by recipe.
+
+A palette's indices count as integers: what is computed with its weights is not rounded, either.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -12,7 +15,8 @@ class Limits:
 
     `pixels` is in steps of 1/255; `features`, `embeddings` and `logits` are the worst difference in
     parts of the reference's peak; `features_rms` and `logits_rms` are RMS of the difference in
-    parts of the reference's RMS; `cosine` is 1 - cosine of the worst image token; `worst_kl` and
+    parts of the reference's RMS, `features_noise` in parts of its peak, which is 10^(-PSNR / 20):
+    3.2e-3 are 50 dB; `cosine` is 1 - cosine of the worst image token; `worst_kl` and
     `mean_kl` are in nats; `answers` is the share of the bundled task's questions that may be
     answered otherwise. `tokens` may differ in each case beside ties, which are tokens whose logits
     lie within twice `tie` of the peak: see `Tie`.
@@ -21,6 +25,7 @@ class Limits:
     pixels: float
     features: float
     features_rms: float
+    features_noise: float
     cosine: float
     embeddings: float
     logits: float
@@ -37,10 +42,12 @@ class Limits:
 # 24 decoder layers it grows to some 1e-6 to 2e-5 of the peak, so 1e-4 leaves room for depth and
 # none for a mistake. RMS over RMS is of the same size. Logits that move by 1e-4 of a peak of 30
 # shift KL by at most (3e-3)^2 / 2 = 5e-6. Pixels and the embedding table involve no sums: equal.
+# An RMS of 1e-4 of the RMS, let alone of the peak, is a PSNR of 80 dB.
 FLOAT32 = Limits(
     pixels=0.0,
     features=1e-4,
     features_rms=1e-4,
+    features_noise=1e-4,
     cosine=1e-7,
     embeddings=0.0,
     logits=1e-4,
@@ -62,10 +69,12 @@ INTEGER_WEIGHTS = replace(FLOAT32, embeddings=1e-6)
 # 4.4e-3 was seen in the logits of the 0.5B with random weights. The limits are about twice that.
 # 1 - cosine is half the square of the relative error. Logits of RMS 5 that move by 1e-2 of it shift
 # KL by (5e-2)^2 / 2 = 1e-3 in the mean. A gathered row is copied, so the table stays equal.
+# Features have peaks of three times their RMS and more, which makes a PSNR of at least 50 dB.
 FLOAT16 = Limits(
     pixels=0.0,
     features=2e-2,
     features_rms=1e-2,
+    features_noise=10 ** (-50 / 20),
     cosine=1e-4,
     embeddings=0.0,
     logits=2e-2,
@@ -88,6 +97,7 @@ INTEGER_ACTIVATIONS = Limits(
     pixels=0.0,
     features=6e-2,
     features_rms=5e-2,
+    features_noise=5e-2,
     cosine=2e-3,
     embeddings=1e-6,
     logits=6e-2,
@@ -113,8 +123,20 @@ def limits_for(recipe: Recipe) -> Limits:
         _loosest(recipe, recipe.precisions),
         features=tower.features,
         features_rms=tower.features_rms,
+        features_noise=tower.features_noise,
         cosine=tower.cosine,
         embeddings=table.embeddings,
+    )
+
+
+def exact_limits(recipe: Recipe) -> Limits:
+    """The limits of an artifact where neither it nor its reference rounds anything to half or int.
+
+    Both compute the same real numbers in float32 then, so every recipe is held to float32's limits;
+    only an integer times its scale may be rounded in another order.
+    """
+    return replace(
+        FLOAT32, embeddings=min(limits_for(recipe).embeddings, INTEGER_WEIGHTS.embeddings)
     )
 
 

@@ -1,5 +1,6 @@
 """Distances between a reference array and a candidate's, in float64. Lower is better."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,25 @@ def relative_rms(reference: Numbers, candidate: Numbers) -> float:
     return float("inf") if difference > 0 else 0.0
 
 
+def noise(reference: Numbers, candidate: Numbers) -> float:
+    """rmse / max |r|, which is 10^(-PSNR / 20). Lower is better."""
+    wide = _wide(reference)
+    rmse, peak = float(np.sqrt(np.mean((wide - _wide(candidate)) ** 2))), float(np.abs(wide).max())
+    if peak > 0:
+        return rmse / peak
+    return float("inf") if rmse > 0 else 0.0
+
+
 def psnr(reference: Numbers, candidate: Numbers) -> float:
     """20 log10(max |r| / rmse) in dB; infinite for equal arrays. Higher is better."""
-    wide = _wide(reference)
-    rmse = float(np.sqrt(np.mean((wide - _wide(candidate)) ** 2)))
-    peak = float(np.max(np.abs(wide)))
-    if rmse == 0:
-        return float("inf")
-    return float(20 * np.log10(peak / rmse)) if peak > 0 else float("-inf")
+    return decibels(noise(reference, candidate))
+
+
+def decibels(noise: float) -> float:
+    """The PSNR in dB of noise in parts of the peak."""
+    if noise > 0:
+        return -20 * math.log10(noise)
+    return math.inf if noise == 0 else math.nan
 
 
 def cosine_distance(reference: Numbers, candidate: Numbers) -> float:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,8 +13,8 @@ from jinja2 import Environment, Template
 from PIL import Image
 
 from . import formats, plots
-from .parity import STAGE_NAMES, Measurement, Stage, summarize
-from .quantized import kept_operators, layer_groups, loss_rows, recipe_facts
+from .parity import STAGE_NAMES, Measurement, ParityResult, Stage, summarize
+from .quantized import EXACT, kept_operators, layer_groups, loss_rows, recipe_facts
 from .templates import environment
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def render(report: "Report") -> str:
         ttft_plot=plots.ttft(report.latency) if report.latency else None,
         parity_plot=plots.parity(report.parity) if report.parity else None,
         parity_lines=summarize(report.parity) if report.parity else [],
+        exact_lines=summarize(report.exact) if report.exact else [],
+        exact_words=EXACT,
         comparisons=compared(report),
         answers=answers(report.accuracy) if report.accuracy else [],
         examples=[_shown(report, example) for example in report.examples],
@@ -107,6 +110,7 @@ def _environment() -> Environment:
     made = environment(
         {
             "number": formats.number,
+            "check_name": formats.check_name,
             "duration": formats.duration,
             "size": formats.size,
             "lines": formats.lines,
@@ -116,6 +120,8 @@ def _environment() -> Environment:
         }
     )
     made.globals["share"] = formats.share
+    made.globals["check_value"] = formats.check_value
+    made.globals["check_limit"] = formats.check_limit
     return made
 
 
@@ -140,6 +146,8 @@ def tiles(report: "Report") -> list[Tile]:
                 note=f"{ours.right} of {ours.total}; {', '.join(others)}",
             )
         )
+    if report.exact:
+        found.append(_exact_tile(report.exact))
     if report.latency:
         found += _latency_tiles(report)
     if report.export:
@@ -186,6 +194,15 @@ def _parity_tiles(report: "Report") -> list[Tile]:
         note += f"; {ties} ties left out" if ties else ""
         found.append(Tile(label="Tokens equal", value=f"{same} of {total}", note=note))
     return found
+
+
+def _exact_tile(exact: ParityResult) -> Tile:
+    logits = _worst(exact.measurements, Stage.FIRST_TOKEN, "max relative")
+    return Tile(
+        label="Without rounding",
+        value=formats.number(math.nan if logits is None else logits),
+        note=f"worst logit difference; limit {formats.number(exact.limits.logits)}",
+    )
 
 
 def _worst(measurements: Sequence[Measurement], stage: Stage, name: str) -> float | None:

@@ -14,6 +14,7 @@ import numpy as np
 from ..targets.base import Array, Session
 from . import metrics
 from .checks import Check, missing
+from .formats import NOISE
 from .limits import Limits
 from .parity_types import (
     STAGE_NAMES,
@@ -244,6 +245,7 @@ class _Comparison:
         limits = {
             "max relative": self.limits.features,
             "RMS relative": self.limits.features_rms,
+            NOISE: self.limits.features_noise,
             "1 - cosine": self.limits.cosine,
         }
         flaw = _flaw(theirs, ours)
@@ -252,6 +254,7 @@ class _Comparison:
         values = (
             metrics.relative(theirs, ours),
             metrics.relative_rms(theirs, ours),
+            metrics.noise(theirs, ours),
             metrics.cosine_distance(theirs, ours),
         )
         checks = _checks(limits, values)

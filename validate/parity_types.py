@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from .checks import Check
-from .formats import number
+from .formats import check_limit, check_name, check_value
 from .limits import Limits
 
 
@@ -123,9 +123,16 @@ class ParityResult:
             if self.worst is None:
                 return "Nothing was compared."
             return f"Every stage agrees with PyTorch. Nearest to a limit: {_describe(*self.worst)}."
+        return f"The first stage to break: {self.failure}"
+
+    @property
+    def failure(self) -> str:
+        """What broke first, by how much, and what fails after it; empty where nothing does."""
+        if not self.failures:
+            return ""
         later = {STAGE_NAMES[m.stage] for m, _ in self.failures if m.stage != self.first_broken}
         after = f" Failing after it: {', '.join(sorted(later))}." if later else ""
-        return f"The first stage to break: {_describe(*self.failures[0])}.{after}"
+        return f"{_describe(*self.failures[0])}.{after}"
 
     def to_dict(self) -> dict[str, object]:
         """Plain data. Numbers may be NaN or infinite: `report.to_json` writes those as null."""
@@ -209,5 +216,9 @@ STAGE_NAMES = {
 def _describe(measurement: Measurement, check: Check) -> str:
     scope = "fed by the reference" if measurement.scope is Scope.ISOLATED else "end to end"
     on = f" on {measurement.case}" if measurement.case else ""
-    value = check.message or f"{number(check.value)} (limit {number(check.limit)})"
-    return f"{STAGE_NAMES[measurement.stage]}, {check.name}: {value}{on}, {scope}"
+    value = check.message or f"{check_value(check.name, check.value)} (limit {_limit(check)})"
+    return f"{STAGE_NAMES[measurement.stage]}, {check_name(check.name)}: {value}{on}, {scope}"
+
+
+def _limit(check: Check) -> str:
+    return check_limit(check.name, check.limit)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from .formats import PART_NAMES, duration, number, target_name
+from .formats import PART_NAMES, check_name, check_value, duration, target_name
 from .latency import LatencyResult, Part
 from .parity import STAGE_NAMES, ParityResult, Scope, Summary, summarize
 
@@ -106,7 +106,7 @@ def parity(result: ParityResult) -> Markup:
             out.append(f'<line x1="0" x2="{WIDTH}" y1="{edge}" y2="{edge}" class="rule"/>')
             out.append(_text(0, y + 5, STAGE_NAMES[line.stage], "label"))
         before = line.stage
-        out.append(_text(left - 14, y + 4, line.name, "tick", "end"))
+        out.append(_text(left - 14, y + 4, check_name(line.name), "tick", "end"))
         limit, furthest = place(line.limit), place(line.overall[0].value)
         out.append(f'<line x1="{left}" x2="{furthest:.1f}" y1="{y}" y2="{y}" class="stem"/>')
         out.append(_limit(limit, y))
@@ -114,9 +114,8 @@ def parity(result: ParityResult) -> Markup:
             out.append(_mark(place(check.value), y, scope, check.passed))
         style = "good" if line.passed else "bad"
         sign = "✓" if line.passed else "✗"
-        out.append(
-            _text(WIDTH - right + 16, y + 4, f"{sign} {number(line.overall[0].value)}", style)
-        )
+        value = check_value(line.name, line.overall[0].value)
+        out.append(_text(WIDTH - right + 16, y + 4, f"{sign} {value}", style))
     return _svg(height, f"Worst value of each check against its limit. {result.verdict}", out)
 
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .. import targets
 from ..exporter import checkpoint as checkpoints
 from ..exporter.bundle import Bundle, Manifest
 from ..exporter.checkpoint import Checkpoint
@@ -26,13 +25,17 @@ from .checks import Check
 from .digits import Question
 from .floor import has_floor, rounding_floor, widened
 from .latency import Backend, LatencyResult, Plan, Subject
-from .limits import Limits, limits_for
+from .limits import Limits, exact_limits, limits_for
 from .loss import Answers, QuantizationLoss, measure_loss
 from .parity import ParityResult
 from .recording import Case, Recording, record
+from .sessions import has_exact, open_session, runtime
 
 QUESTIONS = 300
-STEPS = 24
+STEPS = 64
+STEPS_OF_RANDOM = 24  # greedy tokens of random weights say the same over and over
+EXACT_IMAGES = 1  # without rounding nothing is left to chance: more images would say the same
+EXACT_STEPS = 8
 FLOAT32 = Recipe(name="fp32")
 
 
@@ -41,13 +44,15 @@ class Reference:
     """The checkpoint as it was stored, the contract that bundles are built to, and the recipe.
 
     `quantized` opens the recipe's eager model, which is then what artifacts are held to; it is None
-    for a recipe that leaves everything in float32.
+    for a recipe that leaves everything in float32. `exact` opens the same model computed without
+    any rounding, where an artifact is to be compared like that, too.
     """
 
     checkpoint: Checkpoint
     spec: ExportSpec
     recipe: Recipe = FLOAT32
     quantized: Callable[[], Session] | None = None
+    exact: Callable[[], Session] | None = None
 
     def __post_init__(self) -> None:
         if self.recipe.quantized != (self.quantized is not None):
@@ -55,12 +60,23 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Original:
+    """What the checkpoint as it was stored does, in float32 and unreparameterized.
+
+    Only the bundled model is asked for answers.
+    """
+
+    recordings: tuple[Recording, ...]
+    answers: AccuracyReport | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
     """What the reference does, once for all targets; its models are not kept.
 
     `recordings` and `answers` are the quantized model's where there is one, else the checkpoint's
-    as it was stored; then there is no `loss`. Only the bundled model is asked for answers.
-    `limits` are what artifacts are held to.
+    as it was stored; then there is no `loss`. `limits` are what artifacts are held to. `exact` is
+    what the quantized model does without rounding, on fewer images and tokens; None: not asked for.
     """
 
     reference: Reference
@@ -68,6 +84,7 @@ class Baseline:
     recordings: tuple[Recording, ...]
     answers: AccuracyReport | None
     loss: QuantizationLoss | None
+    exact: tuple[Recording, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,57 +124,95 @@ class Accuracy:
 class Proof:
     """What was found. `accuracy` is None but for the bundled model, `latency` where not asked.
 
-    `quantization` is None where nothing is quantized.
+    `quantization` is None where nothing is quantized, `exact` where there is no artifact to compute
+    without rounding.
     """
 
     parity: ParityResult
+    exact: ParityResult | None
     accuracy: Accuracy | None
     latency: LatencyResult | None
     quantization: QuantizationLoss | None
 
 
-def examine(reference: Reference, images: Sequence[Sample], clock: Clock) -> Baseline:
-    """Run the raw checkpoint in float32, unreparameterized, then its quantized model if any.
+def run_original(
+    checkpoint: Checkpoint, spec: ExportSpec, images: Sequence[Sample], clock: Clock
+) -> Original:
+    """Run the raw checkpoint in float32, unreparameterized. Its model is not kept.
 
-    One model is in memory at a time. Loading, folding, quantization and export all lie between the
-    first and an artifact.
+    Loading, folding, quantization and export all lie between it and an artifact.
     """
-    spec = reference.spec
     cases = [_case(sample, spec, spec.tokenizer) for sample in images]
-    questions = digits.evaluation_set(QUESTIONS) if is_bundled_model(reference.checkpoint) else []
-
-    def ask(session: Session, side: str) -> AccuracyReport | None:
-        if not questions:
-            return None
-        return _ask(session, questions, spec, spec.tokenizer, side, clock.detail)
-
+    wanted = STEPS_OF_RANDOM if checkpoint.layout is Layout.RANDOM else STEPS
+    room = min((spec.context - len(case.prompt_ids) for case in cases), default=wanted)
     clock.stage("Run the checkpoint in PyTorch")
-    session: Session = EagerSession(reference.checkpoint.model(), spec.context)
-    recordings = record(session, cases, STEPS, clock.detail)
-    answers, loss = ask(session, "PyTorch"), None
+    session = EagerSession(checkpoint.model(), spec.context)
+    return Original(
+        recordings=record(session, cases, min(wanted, room), clock.detail),
+        answers=_answers(session, checkpoint, spec, "PyTorch", clock),
+    )
+
+
+def examine(reference: Reference, original: Original, clock: Clock) -> Baseline:
+    """Run the quantized model, if there is one: then artifacts are held to that.
+
+    One model is in memory at a time.
+    """
     limits = limits_for(reference.recipe)
+    baseline = Baseline(
+        reference=reference,
+        limits=limits,
+        recordings=original.recordings,
+        answers=original.answers,
+        loss=None,
+    )
     if reference.quantized:
-        del session
         gc.collect()  # graph modules refer to themselves
         clock.stage("Run the quantized model in PyTorch")
-        session = reference.quantized()
-        # Random weights know nothing that could be lost: their loss is shown, not judged.
-        is_random = reference.checkpoint.layout is Layout.RANDOM
-        allowed = None if is_random else reference.recipe.limits
-        loss = measure_loss(recordings, session, allowed, clock.detail)
-        recordings = record(session, cases, STEPS, clock.detail)
-        original, answers = answers, None
-        if original and not any(case.flaw for case in loss.cases):  # NaN writes no answer
-            answers = ask(session, "PyTorch, quantized")
-        if original and answers:
-            loss = replace(loss, answers=Answers(original=original, quantized=answers))
-        if has_floor(reference.recipe):
-            clock.stage("Measure the rounding floor of the quantized model")
-            floor = rounding_floor(recordings, session, limits, clock.detail)
-            limits = widened(limits, floor)
-    return Baseline(
-        reference=reference, limits=limits, recordings=recordings, answers=answers, loss=loss
-    )
+        baseline = _quantized_baseline(baseline, original, reference.quantized(), clock)
+    if reference.exact:
+        gc.collect()
+        clock.stage("Run the quantized model in PyTorch without rounding")
+        cases = [recording.case for recording in original.recordings[:EXACT_IMAGES]]
+        exact = record(reference.exact(), cases, EXACT_STEPS, clock.detail)
+        baseline = replace(baseline, exact=exact)
+    return baseline
+
+
+def _quantized_baseline(
+    baseline: Baseline, original: Original, session: Session, clock: Clock
+) -> Baseline:
+    """The quantized model's loss against the original, its recordings, answers and limits."""
+    reference, limits = baseline.reference, baseline.limits
+    cases = [recording.case for recording in original.recordings]
+    # Random weights know nothing that could be lost: their loss is shown, not judged.
+    is_random = reference.checkpoint.layout is Layout.RANDOM
+    allowed = None if is_random else reference.recipe.limits
+    loss = measure_loss(original.recordings, session, allowed, clock.detail)
+    steps = min((recording.steps for recording in original.recordings), default=0)
+    recordings = record(session, cases, steps, clock.detail)
+    answers = None
+    if original.answers and not any(case.flaw for case in loss.cases):  # NaN writes no answer
+        answers = _answers(
+            session, reference.checkpoint, reference.spec, "PyTorch, quantized", clock
+        )
+    if original.answers and answers:
+        loss = replace(loss, answers=Answers(original=original.answers, quantized=answers))
+    if has_floor(reference.recipe):
+        clock.stage("Measure the rounding floor of the quantized model")
+        floor = rounding_floor(recordings, session, limits, reference.recipe, clock.detail)
+        limits = widened(limits, floor)
+    return replace(baseline, limits=limits, recordings=recordings, answers=answers, loss=loss)
+
+
+def _answers(
+    session: Session, checkpoint: Checkpoint, spec: ExportSpec, side: str, clock: Clock
+) -> AccuracyReport | None:
+    """Answers to the bundled task, of the bundled model only: no other has learned it."""
+    if not is_bundled_model(checkpoint):
+        return None
+    questions = digits.evaluation_set(QUESTIONS)
+    return _ask(session, questions, spec, spec.tokenizer, side, clock.detail)
 
 
 def prove(
@@ -177,7 +232,7 @@ def prove(
     """
     gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
     clock.stage("Open the bundle")
-    candidate = targets.get(bundle.manifest.target).open(bundle)
+    candidate = open_session(bundle)
     tokenizer = read_tokenizer(bundle.path)
     clock.stage("Check parity with PyTorch")
     cases = [_case(sample, bundle.manifest, tokenizer) for sample in images]
@@ -198,12 +253,33 @@ def prove(
             original=before.original if before else None,
             limit=limits.answers,
         )
-    del candidate  # what is timed next needs the memory
+    del candidate  # what comes next needs the memory
+    exact = _without_rounding(baseline, bundle, cases, clock) if has_exact(bundle) else None
     timed = None
-    if plan:
+    if plan and runtime(bundle).device:
         clock.stage("Measure latency")
         timed = time_bundle(bundle, images[0], plan, clock.detail, peer)
-    return Proof(parity=compared, accuracy=answers, latency=timed, quantization=baseline.loss)
+    return Proof(
+        parity=compared,
+        exact=exact,
+        accuracy=answers,
+        latency=timed,
+        quantization=baseline.loss,
+    )
+
+
+def _without_rounding(
+    baseline: Baseline, bundle: Bundle, cases: Sequence[Case], clock: Clock
+) -> ParityResult:
+    """Both sides computed without rounding: they are the same real numbers, or one is wrong."""
+    if baseline.exact is None:
+        raise ValueError(f"{bundle.path} has an exact form, and its reference was not asked for it")
+    gc.collect()
+    clock.stage("Check parity without rounding")
+    limits = exact_limits(baseline.reference.recipe)
+    session = open_session(bundle, exact=True)
+    compared = cases[: len(baseline.exact)]
+    return parity.compare(baseline.exact, compared, session, limits, clock.detail)
 
 
 def is_bundled_model(checkpoint: Checkpoint) -> bool:

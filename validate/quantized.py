@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from .loss import CaseLoss, QuantizationLoss
 
 
+EXACT = (
+    "Neither side rounds here: the artifact's program on its stored weights, against the quantized "
+    "model in PyTorch, with no step to half precision or integers between float32 values. Both are "
+    "the same real numbers under every recipe, so float32's limits hold, and a fault shows that "
+    "roundings would hide."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the loss table; `passed` is None for a number without a limit."""

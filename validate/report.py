@@ -16,6 +16,7 @@ from .latency import LatencyResult
 from .machine import Machine
 from .parity import ParityResult
 from .quantized import describe
+from .sessions import Runtime
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,7 +95,9 @@ class Report:
 
     `source` names the checkpoint, `checkpoint` says what it is (label -> value). `quantized` is
     what the recipe did, None where it leaves everything in float32: else `quantization`, what it
-    costs, must have been measured. `parity` is the artifact's own error on top of that.
+    costs, must have been measured. `parity` is the artifact's own error on top of that, `exact` the
+    same where neither side rounds. `runtime` is what ran the artifact; where that was no device,
+    `latency_note` says how to time one.
     """
 
     source: str
@@ -106,8 +109,11 @@ class Report:
     quantized: "Record | None" = None
     quantization: "QuantizationLoss | None" = None
     parity: ParityResult | None = None
+    exact: ParityResult | None = None
     accuracy: "Accuracy | None" = None
     latency: LatencyResult | None = None
+    latency_note: str = ""
+    runtime: Runtime | None = None
     examples: tuple[Example, ...] = ()
     environment: Machine = field(default_factory=machine.describe)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -119,7 +125,7 @@ class Report:
             return False
         if self.quantization is None and self.quantized is not None:
             return False
-        gates = (self.accuracy.check if self.accuracy else None, self.quantization)
+        gates = (self.exact, self.accuracy.check if self.accuracy else None, self.quantization)
         return all(gate.passed for gate in gates if gate is not None)
 
     @property
@@ -128,13 +134,24 @@ class Report:
         if self.parity is None:
             return "Parity was not measured."
         said = [self.parity.verdict]
-        if self.parity.passed and self.accuracy:
+        if self.exact:
+            said.append(_without_rounding(self.exact))
+        if self.accuracy and self.parity.passed and (self.exact is None or self.exact.passed):
             said.append(_on_answers(self.accuracy))
         if self.quantization:
             said.append(_on_loss(self.quantization))
         elif self.quantized:
             said.append("What quantization costs was not measured.")
+        if self.interpreted:
+            said.append(self.interpreted)
         return " ".join(said)
+
+    @property
+    def interpreted(self) -> str:
+        """A sentence where the numbers are no device's; empty where they are."""
+        if self.runtime is None or self.runtime.device:
+            return ""
+        return f"The artifact's numbers come from the {self.runtime.name}, not from a device."
 
     def to_dict(self) -> dict[str, object]:
         """Strict JSON values; a number that is NaN or infinite is null."""
@@ -151,9 +168,12 @@ class Report:
             "export": self.export,
             "quantized": describe(self.quantized) if self.quantized else None,
             "quantization_loss": self.quantization.to_dict() if self.quantization else None,
+            "runtime": self.runtime,
             "parity": self.parity.to_dict() if self.parity else None,
+            "exact_parity": self.exact.to_dict() if self.exact else None,
             "accuracy": _accuracy(self.accuracy) if self.accuracy else None,
             "latency": self.latency.to_dict() if self.latency else None,
+            "latency_note": self.latency_note,
             "examples": [
                 {
                     "image": example.name,
@@ -185,6 +205,12 @@ class Report:
             unfinished = folder / f".{name}.{os.getpid()}"
             unfinished.write_text(text, "utf-8")
             unfinished.replace(folder / name)
+
+
+def _without_rounding(exact: ParityResult) -> str:
+    if exact.failure:
+        return f"Without rounding, the first stage to break: {exact.failure}"
+    return "Without rounding, every stage agrees to float32's limits, too."
 
 
 def _on_answers(accuracy: "Accuracy") -> str:

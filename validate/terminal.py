@@ -13,7 +13,7 @@ from .digits import Kind
 from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
 from .parity import STAGE_NAMES, ParityResult, Scope, Stage, Summary, summarize
-from .quantized import loss_rows
+from .quantized import EXACT, loss_rows
 
 if TYPE_CHECKING:
     from .loss import QuantizationLoss
@@ -27,11 +27,17 @@ def render(report: "Report") -> Group:
     if report.quantization:
         parts.append(loss(report.quantization))
     if report.parity:
-        parts.append(parity(report.parity, quantized=report.quantized is not None))
+        reference = "the quantized reference" if report.quantized else "PyTorch"
+        parts.append(parity(report.parity, f"Export error against {reference}"))
+    if report.exact:
+        parts.append(parity(report.exact, "Export error without rounding"))
+        parts.append(Text(EXACT, "dim"))
     if report.accuracy:
         parts.append(accuracy(report.accuracy, report.target))
     if report.latency:
         parts.append(latency(report.latency))
+    elif report.latency_note:
+        parts.append(Text(report.latency_note, "yellow"))
     word, style = ("✓ Passed", "green") if report.passed else ("✗ Failed", "red")
     parts.append(Text.assemble((f"{word}  ", f"bold {style}"), report.verdict))
     return Group(*parts)
@@ -52,12 +58,11 @@ def loss(found: "QuantizationLoss") -> Table:
     return table
 
 
-def parity(result: ParityResult, *, quantized: bool = False) -> Group:
+def parity(result: ParityResult, title: str = "Export error against PyTorch") -> Group:
     """The worst of each check over all images, by stage."""
     images = len({m.case for m in result.measurements})
-    reference = "the quantized reference" if quantized else "PyTorch"
-    title = f"Export error against {reference}, worst of {images} images, {result.steps} tokens"
-    table = _table(title)
+    many = f"worst of {images} images" if images > 1 else "one image"
+    table = _table(f"{title}, {many}, {result.steps} tokens")
     table.add_column("Stage", no_wrap=True)
     table.add_column("Check", no_wrap=True)
     for name in ("Isolated", "End to end", "Limit"):
@@ -69,14 +74,15 @@ def parity(result: ParityResult, *, quantized: bool = False) -> Group:
         check, case = line.overall
         table.add_row(
             Text("" if line.stage == before else _short(line.stage), "bold"),
-            line.name,
+            formats.check_name(line.name),
             *(_worst(line, scope) for scope in Scope),
-            Text(formats.number(line.limit), "dim"),
+            Text(formats.check_limit(line.name, line.limit), "dim"),
             _sign(line.passed),
         )
         if not line.passed:
-            reason = check.message or formats.number(check.value)
-            notes.append(Text(f"✗ {STAGE_NAMES[line.stage]}, {line.name}: {reason}, {case}", "red"))
+            reason = check.message or formats.check_value(line.name, check.value)
+            name = f"{STAGE_NAMES[line.stage]}, {formats.check_name(line.name)}"
+            notes.append(Text(f"✗ {name}: {reason}, {case}", "red"))
         before = line.stage
     if result.ties:
         notes.append(Text(f"{len(result.ties)} token ties within rounding: see the report"))
@@ -95,7 +101,8 @@ def _worst(line: Summary, scope: Scope) -> Text:
     if scope not in line.worst:
         return Text("")
     check = line.worst[scope][0]
-    return Text(formats.number(check.value), "" if check.passed else "bold red")
+    style = "" if check.passed else "bold red"
+    return Text(formats.check_value(line.name, check.value), style)
 
 
 def accuracy(found: "Accuracy", target: str) -> Table:
@@ -179,11 +186,18 @@ def targets(rows: Sequence[Mapping[str, object]]) -> Table:
         table.add_row(
             Text(str(row["target"]), "bold"),
             _yes(row["lower"]),
-            _yes(row["run"]),
+            _runs(row),
             ", ".join(formats.lines(row["recipes"])),
             Text(str(row["remedy"] or found)),
         )
     return table
+
+
+def _runs(row: Mapping[str, object]) -> Text:
+    """Whether a target's bundles run here, or what stands in for their runtime."""
+    if row["runtime"] and not row["run"]:
+        return Text(str(row["runtime"]), "yellow")
+    return _yes(row["run"])
 
 
 def _yes(value: object) -> Text:

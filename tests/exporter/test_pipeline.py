@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastvlm_export import targets
 from fastvlm_export.exporter import pipeline
 from fastvlm_export.exporter.bundle import Bundle, files_of, open_bundle
 from fastvlm_export.exporter.errors import ExportError
@@ -38,6 +39,8 @@ class Spoiled:
 
     RUNTIME_PACKAGES = onnx.RUNTIME_PACKAGES
     availability = staticmethod(onnx.availability)
+    adapt = staticmethod(onnx.adapt)
+    option_problems = staticmethod(onnx.option_problems)
     problems = staticmethod(onnx.problems)
     lower = staticmethod(onnx.lower)
 
@@ -54,8 +57,7 @@ def test_what_fails_is_kept_apart_and_the_old_bundle_stays(
     assert good.passed
     before = files_of(out)
 
-    monkeypatch.setattr(pipeline.targets, "get", lambda _: Spoiled())
-    monkeypatch.setattr("fastvlm_export.validate.proof.targets.get", lambda _: Spoiled())
+    monkeypatch.setattr(targets, "get", lambda _: Spoiled())
     (tmp_path / "out.failed").mkdir()
     (tmp_path / "out.failed" / "mine.txt").write_text("not an export's")
     for _ in range(2):

@@ -15,9 +15,9 @@ from .fakes import Altered, case, tiny_session
 STEPS = 4
 
 
-def floor_of(session, cases=("a", "b")):
+def floor_of(session, cases=("a", "b"), recipe=RECIPES["int8"]):
     recordings = record(session, [case(name, seed=i) for i, name in enumerate(cases)], STEPS)
-    return rounding_floor(recordings, session, FLOAT32)
+    return rounding_floor(recordings, session, FLOAT32, recipe)
 
 
 def test_a_float_model_has_a_floor_of_float_rounding_and_keeps_its_limits():
@@ -52,7 +52,7 @@ def test_a_model_that_rounding_moves_opens_its_limits_by_twice_as_much():
 def test_nan_opens_nothing():
     broken = Altered(tiny_session(), decode=lambda x: np.full_like(x, np.nan))
     recordings = record(tiny_session(), [case("a")], STEPS)
-    found = rounding_floor(recordings, broken, FLOAT32)
+    found = rounding_floor(recordings, broken, FLOAT32, RECIPES["int8"])
     assert not found.passed
     opened = widened(FLOAT32, found)
     assert opened == replace(FLOAT32, features=opened.features, features_rms=opened.features_rms)

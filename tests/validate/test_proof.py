@@ -100,12 +100,14 @@ def rounded():
 
 
 def examine(given):
-    return proof.examine(given, IMAGES, Clock(Silent()))
+    clock = Clock(Silent())
+    return proof.examine(
+        given, proof.run_original(given.checkpoint, given.spec, IMAGES, clock), clock
+    )
 
 
 def prove(given, session, monkeypatch):
-    target = SimpleNamespace(open=lambda bundle: session())
-    monkeypatch.setattr(proof.targets, "get", lambda name: target)
+    monkeypatch.setattr(proof, "open_session", lambda bundle: session())
     bundle = SimpleNamespace(path=Path(), manifest=contract(target="onnx"))
     return proof.prove(given, bundle, images=IMAGES, plan=None, peer=None, clock=Clock(Silent()))
 

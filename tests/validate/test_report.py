@@ -169,6 +169,7 @@ def test_remedies_keep_their_brackets():
         "target": "onnx",
         "lower": False,
         "run": True,
+        "runtime": "ONNX Runtime",
         "recipes": ["fp32"],
         "versions": {},
         "remedy": remedy,

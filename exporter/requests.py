@@ -1,0 +1,174 @@
+"""What `fastvlm-export` was asked for, and everything that can be wrong with it before any work."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import targets
+from ..quantize import recipe_file
+from ..quantize.apply import needs_calibration
+from ..quantize.calibration import Calibration
+from ..quantize.calibration import load as load_calibration
+from ..quantize.recipes import Recipe, unused_rules
+from ..quantize.weights import layer_names, layer_widths
+from ..targets.base import DEFAULTS, Options, Target
+from ..validate.latency import Plan
+from ..validate.sessions import can_run
+from . import bundle as bundles
+from .config import FastVLMConfig
+from .errors import ExportError, raise_together
+from .model.fastvlm import FastVLM, build
+from .samples import samples
+from .source import SourceRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What `fastvlm-export` was asked for. None means the checkpoint's own.
+
+    `recipe` is a built-in's name or a path of a TOML file, `calibration` a folder of images.
+    """
+
+    source: SourceRequest
+    out: Path
+    targets: tuple[str, ...] = (targets.TargetName.ONNX,)
+    recipe: str = "fp32"
+    calibration: Path | None = None
+    resolution: int | None = None
+    context: int | None = None
+    images: tuple[Path, ...] = ()
+    force: bool = False
+    plan: Plan | None = None
+    options: Options = DEFAULTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """One target of a request, the recipe as it computes it, and the options that it takes."""
+
+    name: str
+    target: Target
+    recipe: Recipe
+    options: Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request in which nothing was found wrong. `calibration` is None where nothing needs it."""
+
+    chosen: tuple[Chosen, ...]
+    calibration: Calibration | None
+
+    @property
+    def groups(self) -> dict[Recipe, list[Chosen]]:
+        """Targets that compute the same numbers: one quantized model is the reference of each."""
+        return {
+            recipe: [one for one in self.chosen if one.recipe == recipe]
+            for recipe in dict.fromkeys(one.recipe for one in self.chosen)
+        }
+
+
+def check(request: ExportRequest) -> Checked:
+    """All that is wrong with a request and can be known before work starts, as one ExportError."""
+    problems: list[ExportError] = []
+    found: dict[str, Target] = {}
+    recipe, calibration = Recipe(name=""), None
+    options: dict[str, Options] = {}
+
+    def attempt(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except ExportError as error:
+            problems.append(error)
+
+    def choose(name: str) -> None:
+        target = targets.get(name)
+        availability = target.availability()
+        if not (availability.lower and can_run(name)):
+            raise ExportError(f"Target '{name}' can't be used here.", availability.remedy)
+        found[name] = target
+
+    def read_recipe() -> None:
+        nonlocal recipe
+        recipe = recipe_file.find(request.recipe)
+
+    def share_options() -> None:
+        options.update(_shared(request.options, found))
+
+    def read_calibration() -> None:
+        nonlocal calibration
+        adapted = [target.adapt(recipe) for target in found.values()]
+        if request.calibration or any(map(needs_calibration, adapted or [recipe])):
+            calibration = load_calibration(request.calibration)
+
+    attempt(read_recipe)
+    for name in request.targets:
+        attempt(lambda name=name: choose(name))  # type: ignore[misc]
+    attempt(share_options)
+    attempt(lambda: _refuse([(target.adapt(recipe), target) for target in found.values()]))
+    attempt(read_calibration)
+    attempt(lambda: bundles.check_out(request.out, force=request.force))
+    attempt(lambda: samples(request.images))
+    raise_together(problems)
+    chosen = tuple(
+        Chosen(name=name, target=target, recipe=target.adapt(recipe), options=options[name])
+        for name, target in found.items()
+    )
+    return Checked(chosen=chosen, calibration=calibration)
+
+
+def check_layers(checked: Checked, config: FastVLMConfig) -> None:
+    """Raise ExportError where the recipe doesn't fit the layers of a model of these sizes.
+
+    Those are the layers after reparameterization, of which a recipe speaks.
+    """
+    folded = replace(config, tower=replace(config.tower, train_form=False))
+    _refuse([(one.recipe, one.target) for one in checked.chosen], build(folded))
+
+
+def _shared(options: Options, chosen: Mapping[str, Target]) -> dict[str, Options]:
+    """The options that each target takes. One that no target takes is an ExportError."""
+    taken: dict[str, Options] = dict.fromkeys(chosen, DEFAULTS)
+    problems: list[str] = []
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        if value is None:
+            continue
+        refused = []
+        for name, target in chosen.items():
+            # Tried on top of what it has taken: an option may need or exclude another.
+            tried = replace(taken[name], **{field.name: value})
+            if found := target.option_problems(tried):
+                refused += found
+            else:
+                taken[name] = tried
+        if all(getattr(one, field.name) is None for one in taken.values()):
+            problems += refused
+    if problems:
+        raise ExportError(
+            "\n".join(dict.fromkeys(problems)),
+            "Change or leave out the option, or add a target that takes it: "
+            "`fastvlm-export targets` lists them.",
+        )
+    return taken
+
+
+def _refuse(chosen: Sequence[tuple[Recipe, Target]], model: FastVLM | None = None) -> None:
+    """Raise ExportError with all that the targets can't express of their recipes.
+
+    With a model, also groups that don't divide a layer and rules that match none.
+    """
+    widths, tied = None, False
+    found: list[str] = []
+    if model is not None:
+        widths, tied = layer_widths(model.decoder), model.config.decoder.tied
+        for recipe, _ in chosen:
+            found += unused_rules(recipe, layer_names(model))
+    for recipe, target in chosen:
+        found += target.problems(recipe, widths, tied=tied)
+    if found:
+        raise ExportError(
+            "\n".join(dict.fromkeys(found)),
+            "Change the recipe, or the target: `fastvlm-export targets` shows who takes which.",
+        )

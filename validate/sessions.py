@@ -1,0 +1,120 @@
+"""How a bundle runs on this machine: in its own runtime, or in a reference interpreter of it.
+
+Core ML runs on a Mac only. Anywhere else its packages are opened by the MIL reference interpreter,
+which computes what the saved program says; its numbers are no device's, and it is never timed.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from .. import targets
+from ..exporter.bundle import Bundle
+from ..exporter.errors import ExportError
+from ..quantize.recipes import recorded
+from ..targets.base import Session
+
+COREML = "coreml"
+LAYOUT = "layout"
+"""The manifest's key for the client that a Core ML bundle is for."""
+
+NAMES = {"onnx": "ONNX Runtime", COREML: "Core ML"}
+SIMULATED = (COREML,)
+"""Targets with an interpreter here; it needs what their lowering needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What runs a bundle's files here; `device` is False where that is no runtime of a user's."""
+
+    name: str
+    device: bool
+
+
+INTERPRETER = Runtime(name="MIL reference interpreter", device=False)
+NOT_TIMED = (
+    "Latency is not measured here: the interpreter says what the packages compute, not how fast. "
+    "On a Mac: fastvlm-export bench BUNDLE"
+)
+
+
+def runs_here(target: str) -> Runtime | None:
+    """What runs a target's bundles on this machine; None where nothing does."""
+    here = targets.get(target).availability()
+    if here.run:
+        return Runtime(name=NAMES.get(target, target), device=True)
+    return INTERPRETER if target in SIMULATED and here.lower else None
+
+
+def can_run(target: str) -> bool:
+    """Whether a target's bundles can be opened on this machine, and so be proven."""
+    return runs_here(target) is not None
+
+
+def runtime(bundle: Bundle) -> Runtime:
+    """What `open_session` runs this bundle in. Raises ExportError where nothing can."""
+    target = bundle.manifest.target
+    found = runs_here(target)
+    if found is None:
+        raise ExportError(
+            f"Target '{target}' can't be run here.", targets.get(target).availability().remedy
+        )
+    return found
+
+
+def has_exact(bundle: Bundle) -> bool:
+    """Whether the bundle can also be computed without any rounding, and gains by it.
+
+    That is an interpreter's doing. An artifact in float32 is compared at that accuracy anyway.
+    """
+    manifest = bundle.manifest
+    return manifest.target in SIMULATED and recorded(manifest.recipe).quantized
+
+
+def open_session(
+    bundle: Bundle, *, exact: bool = False, compute_units: str | None = None
+) -> Session:
+    """Open a bundle in what runs it here, as `runtime` names it.
+
+    `exact`: compute without rounding, in the interpreter, also on a Mac (see `has_exact`).
+    `compute_units`: where Core ML may compute, one of `coreml_session.COMPUTE_UNITS`; a Mac only.
+    Raises ExportError where that can't be had.
+    """
+    target = bundle.manifest.target
+    simulated = exact or not runtime(bundle).device
+    if exact and target not in SIMULATED:
+        raise ExportError(
+            f"Target '{target}' has no interpreter that computes without rounding.",
+            f"Use one that has: {', '.join(SIMULATED)}.",
+        )
+    if compute_units is not None and (target != COREML or simulated):
+        raise ExportError(
+            f"Compute units '{compute_units}' are Core ML's on a Mac; "
+            f"{INTERPRETER.name if target == COREML else NAMES.get(target, target)} has none.",
+            "Leave them out, or run the bundle of target 'coreml' on a Mac.",
+        )
+    if simulated:
+        return _interpreted(bundle, exact=exact)
+    if compute_units is not None:
+        return _on_units(bundle, compute_units)
+    return targets.get(target).open(bundle)
+
+
+def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
+    """The packages in the MIL reference interpreter."""
+    from ..targets import apple_app, coreml_session  # noqa: PLC0415 - with their runtimes
+    from . import mil  # noqa: PLC0415 - imports coremltools
+
+    opener = functools.partial(mil.open_model, exact=exact)
+    if bundle.manifest.artifact.get(LAYOUT) == apple_app.LAYOUT:
+        return apple_app.AppleAppSession(bundle, opener, exact=exact)
+    return coreml_session.CoreMLSession(bundle, opener)
+
+
+def _on_units(bundle: Bundle, compute_units: str) -> Session:
+    """The packages in Core ML, on the compute units that are named."""
+    from ..targets import apple_app, coreml_session  # noqa: PLC0415 - with their runtimes
+
+    opener = coreml_session.open_mlmodel(compute_units)
+    if bundle.manifest.artifact.get(LAYOUT) == apple_app.LAYOUT:
+        return apple_app.AppleAppSession(bundle, opener)
+    return coreml_session.CoreMLSession(bundle, opener)
