@@ -36,6 +36,7 @@ from .coreml_model import (
 
 COMPUTE_UNITS = ("all", "cpu-and-ne", "cpu-and-gpu", "cpu-only")
 """What Core ML may run on: its `ComputeUnit`s, as they are written on the command line."""
+DEFAULT_UNITS = "all"
 
 OLDEST_MACOS = 15
 """The first macOS that has states and functions."""
@@ -142,7 +143,7 @@ def _int32(value: int) -> NDArray[np.int32]:
     return np.array([value], dtype=np.int32)
 
 
-def open_mlmodel(compute_units: str = "all") -> OpenModel:
+def open_mlmodel(compute_units: str = DEFAULT_UNITS) -> OpenModel:
     """Open packages in Core ML itself, on these units. Raises ExportError off macOS 15 or later.
 
     Core ML runs compiled packages. Compiling one is most of what a first start costs, so it is

@@ -6,7 +6,8 @@ The clock starts at an image file and a tokenized prompt, with the model loaded:
     prefill      embed the prompt, splice the features in, decode all of it -> logits
     first_token  pick the token, turn it into text
 Their sum is TTFT. Loading is apart: cold in a fresh process whose files were dropped from the page
-cache, warm in one that finds them there; neither counts the start of Python or its imports.
+cache, or whose packages Core ML has yet to compile; warm in one that finds them there. Neither
+counts the start of Python or its imports.
 """
 
 import statistics
@@ -55,6 +56,8 @@ class Subject:
     `checkpoint` is where PyTorch's weights come from: a folder, `bundled`, or `random:NAME:SEED`.
     The PyTorch model is reparameterized unless not `folded`, runs in float32 under inference_mode
     with a key/value cache, and computes the last position's logits only: the bundle's own work.
+    `compute_units` are where Core ML may compute, one of `coreml_session.COMPUTE_UNITS`; "": the
+    runtime's default, and the only choice of any other target.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Subject:
     checkpoint: str = ""
     channels_last: bool = False
     folded: bool = True
+    compute_units: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +286,7 @@ def _job(
         "checkpoint": subject.checkpoint,
         "channels_last": subject.channels_last,
         "folded": subject.folded,
+        "compute_units": subject.compute_units,
         "image": str(image.absolute()),
         "prompt_ids": [int(token) for token in prompt_ids],
         "tokens": plan.tokens,

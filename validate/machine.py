@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ import psutil
 
 from ..targets.base import available_cores
 
-PACKAGES = ("torch", "onnxruntime", "onnx", "onnxscript", "numpy", "pillow", "tokenizers")
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnx",
+    "onnxscript",
+    "coremltools",
+    "numpy",
+    "pillow",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +53,7 @@ def describe() -> Machine:
         cpu=_cpu(),
         cores=available_cores(),
         memory_bytes=psutil.virtual_memory().total,
-        system=f"{platform.system()} {platform.release()} ({platform.machine()})",
+        system=_system(),
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -85,10 +95,31 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _system() -> str:
+    """Linux 6.1.0 (x86_64), macOS 15.1 (arm64): on a Mac the release that people know."""
+    mac = platform.mac_ver()[0]
+    name = f"macOS {mac}" if mac else f"{platform.system()} {platform.release()}"
+    return f"{name} ({platform.machine()})"
+
+
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
+    if sys.platform == "darwin" and (brand := _brand_on_a_mac()):
+        return brand
     return platform.processor() or platform.machine()
+
+
+def _brand_on_a_mac() -> str:
+    """`Apple M4`; empty where sysctl does not say. `platform` knows no more than `arm`."""
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        found = subprocess.run(  # noqa: S603 - a fixed command of the system's
+            command, capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
