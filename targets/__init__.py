@@ -10,6 +10,7 @@ class TargetName(StrEnum):
     """A target's name on the command line, and its module's."""
 
     ONNX = "onnx"
+    COREML = "coreml"
 
 
 def get(name: str) -> Target:
@@ -18,6 +19,10 @@ def get(name: str) -> Target:
         from . import onnx  # noqa: PLC0415 - imports onnx and torch
 
         return onnx
+    if name == TargetName.COREML:
+        from . import coreml  # noqa: PLC0415 - imports coremltools where it lowers and runs
+
+        return coreml
     raise ExportError(
         f"There is no target named '{name}'.",
         f"Use one of: {', '.join(TargetName)}. `fastvlm-export targets` lists what each needs.",

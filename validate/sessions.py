@@ -11,14 +11,14 @@ from .. import targets
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..quantize.recipes import recorded
+from ..targets import TargetName
 from ..targets.base import Session
 
-COREML = "coreml"
 LAYOUT = "layout"
 """The manifest's key for the client that a Core ML bundle is for."""
 
-NAMES = {"onnx": "ONNX Runtime", COREML: "Core ML"}
-SIMULATED = (COREML,)
+NAMES = {TargetName.ONNX: "ONNX Runtime", TargetName.COREML: "Core ML"}
+SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
 
 
@@ -86,11 +86,11 @@ def open_session(
             f"Target '{target}' has no interpreter that computes without rounding.",
             f"Use one that has: {', '.join(SIMULATED)}.",
         )
-    if compute_units is not None and (target != COREML or simulated):
+    if compute_units is not None and (target != TargetName.COREML or simulated):
+        where = INTERPRETER.name if simulated else runtime(bundle).name
         raise ExportError(
-            f"Compute units '{compute_units}' are Core ML's on a Mac; "
-            f"{INTERPRETER.name if target == COREML else NAMES.get(target, target)} has none.",
-            "Leave them out, or run the bundle of target 'coreml' on a Mac.",
+            f"Compute units '{compute_units}' are Core ML's, on a Mac; the {where} has none.",
+            "Leave them out, or run a bundle of target 'coreml' on a Mac.",
         )
     if simulated:
         return _interpreted(bundle, exact=exact)
