@@ -21,10 +21,13 @@ from ..exporter.bundle import MANIFEST, Bundle, Manifest
 from ..exporter.errors import ExportError
 from ..exporter.preprocess import preprocess, read_image
 from ..exporter.tokenizer import read_tokenizer
+from ..quantize.quiet import quiet_import
 from ..targets.base import Session
+from ..targets.coreml_session import DEFAULT_UNITS, forget_compiled
 from ..targets.generation import splice
 from .latency import Backend, Part, is_random
 from .machine import peak_memory, reset_peak_memory
+from .sessions import open_session
 
 Load = Callable[[], Callable[[], Session]]
 """Timed: read and prepare the weights. What it returns is not timed: the session's last touches."""
@@ -52,12 +55,13 @@ class Worker:
         files = self._files()
         size = sum(path.stat().st_size for path in files)
         load, setting = self._bundle() if self.is_bundle else self._pytorch()
+        compiles = cold and self.is_bundle and self._forget_compiled()
         dropped = cold and drop_from_page_cache(files)
         read = bytes_read()
         start = time.perf_counter()
         finish = load()
         seconds = time.perf_counter() - start
-        note = _note(dropped, size, bytes_read() - read) if cold else ""
+        note = _note(dropped, size, bytes_read() - read, compiles=compiles) if cold else ""
         if keep and not self.is_bundle:
             # The proof that comes with folding must not count as memory that eager needs.
             self.peak_of_load = peak_memory()
@@ -116,16 +120,26 @@ class Worker:
 
     def _bundle(self) -> tuple[Load, str]:
         target = targets.get(self.bundle.manifest.target)
-        for package in target.RUNTIME_PACKAGES:
-            importlib.import_module(package)  # here, so that it is not timed
+        units: str = self.job["compute_units"]
+        with quiet_import():
+            for package in target.RUNTIME_PACKAGES:
+                importlib.import_module(package)  # here, so that it is not timed
 
         def load() -> Callable[[], Session]:
-            session = target.open(self.bundle)
+            session = open_session(self.bundle, compute_units=units or None)
             return lambda: session
 
         versions = target.availability().versions
         runtime = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
-        return load, f"{self.bundle.manifest.recipe['name']}; {runtime}"
+        on = f", compute units {units}" if units else ""
+        return load, f"{self.bundle.manifest.recipe['name']}; {runtime}{on}"
+
+    def _forget_compiled(self) -> bool:
+        """Make Core ML compile the bundle's packages again; False where it has none."""
+        packages = list(self.bundle.path.glob("*.mlpackage"))
+        for package in packages:
+            forget_compiled(package, self.job["compute_units"] or DEFAULT_UNITS)
+        return bool(packages)
 
     def _pytorch(self) -> tuple[Load, str]:
         import torch  # noqa: PLC0415 - the bundle's own process must not hold it
@@ -187,8 +201,10 @@ def bytes_read() -> int:
         return 0
 
 
-def _note(dropped: bool, size: int, read: int) -> str:
-    """What a cold number is worth: the disk must have been read for it."""
+def _note(dropped: bool, size: int, read: int, *, compiles: bool = False) -> str:
+    """What a cold number is worth: packages must have been compiled, or the disk read, for it."""
+    if compiles:
+        return "cold: compiled anew; what the system keeps besides cannot be dropped"
     if not dropped:
         return "not cold: this system cannot drop files from the page cache"
     if read < size // 2:

@@ -1,11 +1,16 @@
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
 import textwrap
+import types
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models
@@ -14,6 +19,8 @@ from fastvlm_export.exporter import checkpoint, prompt
 from fastvlm_export.exporter.bundle import SCHEMA, Manifest, Source
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy, preprocess
+from fastvlm_export.targets import coreml_session
+from fastvlm_export.targets.coreml_session import COMPUTE_UNITS
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
 from fastvlm_export.validate import digits, latency, latency_process, latency_worker, machine
@@ -314,11 +321,97 @@ def test_a_system_that_cannot_drop_files_says_so(tmp_path, monkeypatch):
     assert not latency_worker.drop_from_page_cache([tmp_path])
 
 
+@pytest.fixture
+def packages(bundle, monkeypatch, tmp_path):
+    """A Core ML bundle's worker, and the compute units that sessions were opened with."""
+    (bundle / "vision.mlpackage").mkdir()
+    write_manifest(bundle, target="coreml", files={"weights.bin": ""})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    opened = []
+
+    def open_session(bundle, *, compute_units=None):
+        opened.append(compute_units)
+        return object()
+
+    monkeypatch.setattr(latency_worker, "open_session", open_session)
+
+    def worker(units):
+        subject = Subject(name="coreml", backend=Backend.BUNDLE, bundle=bundle, compute_units=units)
+        image = bundle / "image.png"
+        return latency_worker.Worker(latency._job(subject, image, PROMPT, QUICK, 1))
+
+    return worker, opened
+
+
+@pytest.mark.parametrize("units", ["cpu-and-ne", ""])
+def test_a_cold_load_compiles_packages_anew_on_its_own_units_only(bundle, packages, units):
+    worker, opened = packages
+    package = bundle / "vision.mlpackage"
+    kept = {one: coreml_session.compiled_folder(package, one) for one in COMPUTE_UNITS}
+    for folder in kept.values():
+        folder.mkdir(parents=True)
+    warm = worker(units).load(cold=False, keep=False)
+    assert all(folder.exists() for folder in kept.values())
+    cold = worker(units).load(cold=True, keep=True)
+    assert [one for one, folder in kept.items() if not folder.exists()] == [units or "all"]
+    assert opened == [units or None] * 2
+    assert cold["note"].startswith("cold: compiled anew")
+    assert warm["note"] == ""
+    assert warm["setting"].endswith(", compute units cpu-and-ne") == bool(units)
+
+
+class NoProc:
+    """A file system without /proc, as a Mac's."""
+
+    def __init__(self, path):
+        self.path = Path("/nowhere", path.lstrip("/"))
+
+    def __getattr__(self, name):
+        return getattr(self.path, name)
+
+
+@pytest.fixture
+def a_mac(monkeypatch):
+    monkeypatch.setattr(machine, "Path", NoProc)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(psutil.Process, "io_counters")
+
+
+def test_a_mac_is_described_by_its_release_and_chip(a_mac, monkeypatch):
+    said = types.SimpleNamespace(stdout="Apple M4\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    described = machine.describe()
+    assert (described.system, described.cpu) == ("macOS 15.1 (arm64)", "Apple M4")
+    assert described.cores >= 1
+
+
+def test_a_mac_without_sysctl_is_described_all_the_same(a_mac, monkeypatch):
+    def run(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert machine.describe().cpu == "arm"
+
+
+def test_a_mac_has_neither_proc_nor_a_page_cache_to_drop(a_mac, tmp_path):
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert machine.peak_memory() >= usage  # bytes there, not kilobytes
+    assert machine.peak_memory() < 1024 * usage
+    assert not machine.reset_peak_memory()
+    assert not latency_worker.drop_from_page_cache([tmp_path])
+    assert latency_worker.bytes_read() == 0
+
+
 def test_the_machine_is_described_in_json():
     described = machine.describe()
     assert json.loads(json.dumps(asdict(described)))["cores"] >= 1
     assert described.cpu
-    assert "numpy" in described.packages
+    assert {"numpy", "coremltools"} <= set(described.packages)
 
 
 def test_the_onnx_session_and_the_worker_leave_pytorch_out():
