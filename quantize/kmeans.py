@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**23  # values clustered at once, or a single table's: the prefix sums take 8 bytes each
-CELLS = 16  # to begin with, for each entry: half of equal counts, half of equal width
+CELLS = 8  # to begin with, for each entry: half of equal counts, half of equal width
 ROUNDS = 6
 TRIED = 192  # places between a table's borders that a border may move to; at least 4 in a cell
 STEPS = 200

@@ -11,7 +11,7 @@ range_limit = 32752.0      # under "fp16": operators above it stay in float32
 bits = 4                   # or 8
 group_size = 32            # weights that share a scale; "channel": all of an output channel
 symmetric = true
-method = "gptq"            # or "rtn", "hqq"
+method = "gptq"            # or "rtn", "hqq"; "palette": see below
 activations = "dynamic"    # or "float"; in the tower and the projector "static" or "float"
 activation_bits = 8
 
@@ -26,6 +26,12 @@ keep = true                # in the recipe's float format; a part may say so, to
 [limits]                   # default: those of the built-in with as few bits
 mean_kl = 0.3
 accuracy_points = 1.5
+
+# method = "palette" means lookup tables instead of scales, for any part and any layer:
+# bits = 4                 # of an index into a table: 1, 2, 3, 4, 6 or 8
+# group_size = 16          # output channels that share a table; "tensor": all of a layer
+# Activations are "float", and there is no symmetric. With a method of the other kind than the
+# base's, bits alone is the base's where it is unset.
 """
 
 import dataclasses
@@ -38,6 +44,7 @@ from . import recipes
 from .recipes import (
     ACTIVATIONS,
     METHODS,
+    PALETTE_BITS,
     RECIPES,
     Activations,
     Float,
@@ -54,7 +61,7 @@ from .recipes import (
 from .toml_file import Table, read_toml, shown
 
 SUFFIX = ".toml"
-PER_CHANNEL = "channel"
+PER_CHANNEL, PER_TENSOR = "channel", "tensor"
 LARGEST_GROUP = 65536
 LARGEST_FP16 = 65504.0
 SHOWN_PROBLEMS = 20
@@ -70,7 +77,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _NAMES = "up to 64 letters, digits and . _ + -, the first a letter or digit"
 _PATTERN = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
 _BITS, _ACTIVATION_BITS = (4, 8), (8,)
-_FEWEST_BITS = {4: "int4", 8: "int8"}
+FEW_BITS = 4  # up to here a recipe may lose what int4 may, above what int8 may
 
 _NO_LAYER = "matches no layer: their names begin with vision_tower., projector or decoder."
 _UNCLEAR = (
@@ -144,16 +151,27 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
         return Precision()
     who = parts[0] if len(parts) == 1 else None
     why = f" (all that {who} layers can have)" if who else ""
+    method = table.choice("method", METHODS[who] if who else tuple(Method), start.method, why)
+    tables = method is Method.PALETTE
+    if tables is not (start.method is Method.PALETTE):
+        start = Precision(bits=start.bits, method=method)  # the rest means something else there
+    sizes, widest = (PALETTE_BITS, PER_TENSOR) if tables else (_BITS, PER_CHANNEL)
+    computed = ACTIVATIONS[who] if who else tuple(Activations)
+    if tables:
+        computed, why = (Activations.FLOAT,), " (all there is beside lookup tables)"
     found = Precision(
-        bits=table.choice("bits", _BITS, start.bits),
-        group_size=table.count_or("group_size", PER_CHANNEL, LARGEST_GROUP, start.group_size),
+        bits=table.choice("bits", sizes, start.bits),
+        group_size=table.count_or("group_size", widest, LARGEST_GROUP, start.group_size),
         symmetric=table.flag("symmetric", start.symmetric),
-        method=table.choice("method", METHODS[who] if who else tuple(Method), start.method, why),
-        activations=table.choice(
-            "activations", ACTIVATIONS[who] if who else tuple(Activations), start.activations, why
-        ),
+        method=method,
+        activations=table.choice("activations", computed, start.activations, why),
         activation_bits=table.choice("activation_bits", _ACTIVATION_BITS, start.activation_bits),
     )
+    if tables and "symmetric" in table:
+        table.complain("symmetric", "says nothing about lookup tables: leave it out")
+        found = dataclasses.replace(found, symmetric=True)
+    if "bits" not in table and found.bits not in (None, *sizes):
+        table.complain("bits", f"is missing: {method} has no {found.bits}, as the base has")
     if found.bits is None and "bits" not in table:
         for name in given:
             table.complain(name, f"needs {table.name('bits')}: without, the weights stay float")
@@ -190,7 +208,9 @@ def _limits(table: Table, recipe: Recipe) -> LossLimits | None:
     """The file's limits, and the built-ins' where it says nothing: by the fewest bits."""
     table.only(_LIMITS)
     bits = [precision.bits for precision in recipe.precisions if precision.bits]
-    like = _FEWEST_BITS[min(bits)] if bits else recipe.float_format.value
+    like = recipe.float_format.value
+    if bits:
+        like = "int4" if min(bits) <= FEW_BITS else "int8"
     usual = RECIPES[like].limits
     if usual is None:
         if not table.values:
@@ -255,7 +275,9 @@ def write(recipe: Recipe) -> str:
 def _written(precision: Precision) -> list[str]:
     values = dataclasses.asdict(precision)
     if precision.group_size is None:
-        values["group_size"] = PER_CHANNEL
+        values["group_size"] = PER_TENSOR if precision.palettized else PER_CHANNEL
+    if precision.palettized:
+        del values["symmetric"]
     if precision.activations is Activations.FLOAT:
         del values["activation_bits"]
     return [f"{name} = {json.dumps(value)}" for name, value in values.items()]

@@ -108,6 +108,8 @@ def search_scales(
 
 def quantize_rows(weight: Tensor, precision: Precision) -> Integers:
     """RTN or HQQ of float [N,K]."""
+    if precision.method is Method.PALETTE:
+        raise ValueError("lookup tables have no scales: see `palettes`")
     scale, zero_point = choose_scales(weight, precision)
     if precision.method is Method.HQQ:
         scale = search_scales(weight, scale, zero_point, precision)

@@ -1,14 +1,16 @@
 """Which recipes ONNX files and ONNX Runtime's kernels can express."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..quantize.recipe_file import PER_CHANNEL
 from ..quantize.recipes import (
     ACTIVATIONS,
     EMBEDDING,
     HEAD,
+    METHODS,
     Float,
+    Method,
     Part,
     Precision,
     Recipe,
@@ -35,7 +37,9 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = F
     head's weights are the embedding table's.
     """
     found = [line for setting in recipe.settings for line in _setting_problems(setting)]
-    if recipe.float_format is Float.FP16 and any(p.bits for p in recipe.precisions):
+    if recipe.float_format is Float.FP16 and any(
+        p.bits and not p.palettized for p in recipe.precisions
+    ):
         found.append(_line("float", "fp16", '"fp32" around integer weights'))
     if tied:
         found += _table_problems(recipe)
@@ -44,6 +48,12 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = F
 
 def _line(key: str, value: object, can: str) -> str:
     return f"{key} is {shown(value)}: target 'onnx' takes {can}"
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    """`"rtn", "hqq" or "gptq"`."""
+    *most, last = map(shown, names)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _setting_problems(setting: Setting) -> Iterator[str]:
@@ -56,6 +66,10 @@ def _setting_problems(setting: Setting) -> Iterator[str]:
 
 def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
     key, precision = setting.key, setting.precision
+    if precision.palettized:  # the rest means other things there
+        scales = [method for method in METHODS[part] if method is not Method.PALETTE]
+        yield _line(f"{key}.method", precision.method, _alternatives(scales))
+        return
     linear = part in _LINEAR
     blocks = linear and precision.group_size is not None
     sizes = " or ".join(map(str, BLOCK_SIZES))
@@ -74,7 +88,7 @@ def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
         where = "without a group_size" if linear else f"for the {part}"
         yield _line(f"{key}.symmetric", False, f"symmetric weights {where}")
     if precision.activations not in ACTIVATIONS[part]:
-        can = f"{' or '.join(map(shown, ACTIVATIONS[part]))} for the {part}"
+        can = f"{_alternatives(ACTIVATIONS[part])} for the {part}"
         yield _line(f"{key}.activations", precision.activations, can)
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")
@@ -109,7 +123,8 @@ def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
     for layer, width in layers.items():
         key, (part,), precision = recipe.setting(layer)
         size = precision.group_size
-        if precision.bits and size and width % size and part in _LINEAR:
+        integers = precision.bits and not precision.palettized
+        if integers and size and width % size and part in _LINEAR:
             left[key, size, width].append(layer)
     for (key, size, width), names in left.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
