@@ -1,0 +1,88 @@
+"""Recipes as Apple's app computes them, and what its files cannot express.
+
+The app runs the tower in Core ML and everything behind it in MLX, which never rounds activations,
+and which knows one integer format for a whole model: `quantization {group_size, bits}`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from ..quantize.recipe_file import PER_CHANNEL
+from ..quantize.recipes import Activations, LayerRule, Part, Precision, Recipe, Setting
+from ..quantize.toml_file import shown
+
+GROUP_SIZES = (128, 64, 32)
+"""Weights that share a scale in MLX, the fewest scales first. Larger groups of ours repeat one."""
+BITS = (4, 8)
+
+PROJECTOR = ("projector.0", "projector.2")
+_LANGUAGE = (Part.EMBEDDING, Part.DECODER, Part.HEAD)
+_FLOAT = Precision()
+
+
+def adapt(recipe: Recipe) -> Recipe:
+    """A built-in recipe, as Core ML computes it, as this layout does.
+
+    The projector is no part of the package: it stays float. Embedding and head have the decoder's
+    integers, since in int4 one table of 8 bits would make MLX store all layers in 8. Lookup tables
+    are Core ML's alone, so beside a palettized tower the language model is float.
+    """
+    if not recipe.quantized or not any(p.bits for p in recipe.precisions):
+        return recipe
+    decoder = _FLOAT if recipe.decoder.palettized else recipe.decoder
+    return replace(
+        recipe,
+        embedding=decoder if recipe.embedding.bits else recipe.embedding,
+        decoder=decoder,
+        head=decoder if recipe.head.bits else recipe.head,
+        layers=(*recipe.layers, LayerRule(pattern="projector.*", precision=_FLOAT)),
+    )
+
+
+def problems(recipe: Recipe, layers: Mapping[str, int] | None = None) -> list[str]:
+    """Every reason why MLX's half of this layout cannot express the recipe.
+
+    `layers`: layer name -> input width, where the model is known. The tower is Core ML's to judge.
+    """
+    found = [
+        line
+        for setting in recipe.settings
+        if any(part in _LANGUAGE for part in setting.parts)
+        for line in _setting_problems(setting)
+    ]
+    for setting in dict.fromkeys(recipe.setting(layer) for layer in PROJECTOR):
+        found += _setting_problems(setting, " for the projector")
+    return [*dict.fromkeys(found), *_width_problems(recipe, layers or {})]
+
+
+def _line(key: str, value: object, can: str) -> str:
+    return f"{key} is {shown(value)}: layout 'apple-app' takes {can}"
+
+
+def _setting_problems(setting: Setting, where: str = "") -> Iterator[str]:
+    key, precision = setting.key, setting.precision
+    if precision.bits is None:
+        return
+    if precision.palettized:
+        yield _line(f"{key}.method", precision.method, f"no lookup tables{where or ' there'}: MLX")
+        return
+    if precision.bits not in BITS:
+        yield _line(f"{key}.bits", precision.bits, f"{' or '.join(map(str, BITS))}{where}")
+    if precision.group_size is not None and precision.group_size % GROUP_SIZES[-1]:
+        can = f"multiples of {GROUP_SIZES[-1]}, or {shown(PER_CHANNEL)}{where}"
+        yield _line(f"{key}.group_size", precision.group_size, can)
+    if precision.activations is not Activations.FLOAT:
+        can = f"{shown(Activations.FLOAT)}{where}: MLX rounds no activations"
+        yield _line(f"{key}.activations", precision.activations, can)
+
+
+def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
+    """Channels that no group of MLX divides."""
+    for layer, width in layers.items():
+        setting = recipe.setting(layer)
+        precision = setting.precision
+        if (setting.parts[0] not in _LANGUAGE and layer not in PROJECTOR) or precision.palettized:
+            continue
+        if precision.bits and precision.group_size is None and width % GROUP_SIZES[-1]:
+            can = f"input widths that {GROUP_SIZES[-1]} divides; {layer} has {width}"
+            yield _line(f"{setting.key}.group_size", PER_CHANNEL, can)
