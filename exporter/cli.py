@@ -217,12 +217,19 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Time this beside it and print the ratio: pytorch.")
     ] = None,
+    compute_units: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Core ML only: time it on all, cpu-and-ne, cpu-and-gpu or cpu-only; "
+            "repeat for more."
+        ),
+    ] = None,
     runs: Runs = 10,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Time to first token, part by part, decode speed and peak memory of a bundle."""
-    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+    from ..validate import placement_view, terminal  # noqa: PLC0415 - imports NumPy
     from ..validate.latency import Plan  # noqa: PLC0415 - imports NumPy
     from . import running  # noqa: PLC0415 - imports torch
 
@@ -232,12 +239,15 @@ def bench(
         image=image,
         against=against,
         plan=Plan(runs=runs, least_runs=min(runs, 5)),
+        compute_units=tuple(compute_units or ()),
     )
     found = with_progress(quiet, lambda bars: running.bench(request, bars))
     if as_json:
         _print_json(found.to_dict())
     elif not quiet:
-        _results.print(terminal.latency(found))
+        _results.print(terminal.latency(found.latency))
+        if found.placements:
+            _results.print(placement_view.placement(found.placements))
 
 
 @app.command()

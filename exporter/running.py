@@ -3,13 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import targets
+from ..targets import TargetName
+from ..targets.coreml_session import COMPUTE_UNITS, DEFAULT_UNITS
 from ..targets.generation import PromptInputs, Sampling, generate
+from ..validate import placement
 from ..validate.latency import Backend, LatencyResult, Plan
+from ..validate.placement import Placement
 from ..validate.proof import pytorch_peer, time_bundle
+from ..validate.sessions import open_session, runtime
 from . import prompt
-from .bundle import open_bundle
+from .bundle import Bundle, open_bundle
 from .clock import Clock
+from .console import messages
 from .errors import ExportError
 from .preprocess import preprocess, read_image
 from .progress import Progress, Silent
@@ -40,7 +45,10 @@ class Answer:
 
 
 def ask(question: Question) -> Answer:
-    """Answer with the bundle alone: its artifact, its tokenizer, its preprocessing."""
+    """Answer with the bundle alone: its artifact, its tokenizer, its preprocessing.
+
+    Says on stderr where a reference interpreter stands in for the bundle's own runtime.
+    """
     sampling = None
     if question.temperature:
         sampling = Sampling(
@@ -59,8 +67,13 @@ def ask(question: Question) -> Answer:
             f"The prompt takes {len(ids)} of the context's {manifest.context} positions.",
             "Shorten --prompt, or export again with a larger --context.",
         )
+    where = runtime(bundle)
+    if not where.device:
+        messages.print(
+            f"Answered by the {where.name}: as the bundle says, not as fast as a device."
+        )
     tokens = generate(
-        targets.get(manifest.target).open(bundle),
+        open_session(bundle),
         PromptInputs(
             input_ids=ids,
             image_token_id=manifest.image_token_id,
@@ -75,16 +88,35 @@ def ask(question: Question) -> Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """What `bench` was asked for. `against` is "pytorch" or None; `image` None is a bundled one."""
+    """What `bench` was asked for. `against` is "pytorch" or None; `image` None is a bundled one.
+
+    `compute_units` are for Core ML only, `coreml_session.COMPUTE_UNITS`; none: all of the device.
+    """
 
     bundle: Path
     source: SourceRequest | None = None
     image: Path | None = None
     against: str | None = None
     plan: Plan | None = None
+    compute_units: tuple[str, ...] = ()
 
 
-def bench(request: BenchRequest, progress: Progress | None = None) -> LatencyResult:
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """Times, and for Core ML where each operation runs: one placement per choice of units."""
+
+    latency: LatencyResult
+    placements: tuple[Placement, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data: the latency's own, and `placement`."""
+        return {
+            **self.latency.to_dict(),
+            "placement": [one.to_dict() for one in self.placements],
+        }
+
+
+def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResult:
     """Time a bundle, and beside it PyTorch where asked for."""
     clock = Clock(progress or Silent())
     if request.against not in (None, Backend.PYTORCH):
@@ -94,9 +126,53 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> LatencyRes
     shown = samples([request.image] if request.image else ())
     clock.stage("Check the files")
     bundle = open_bundle(request.bundle, clock.detail)
+    units = _compute_units(bundle, request.compute_units)
     peer = None
     if request.against:
         peer = pytorch_peer(bundle, request.source or recorded_source(bundle.manifest))
     clock.stage("Measure latency")
     sample = shown[-1] if request.image else shown[0]
-    return time_bundle(bundle, sample, request.plan or Plan(), clock.detail, peer)
+    plan = request.plan or Plan()
+    timed = time_bundle(bundle, sample, plan, clock.detail, peer, units)
+    if units:
+        clock.stage("Ask Core ML where each operation runs")
+    return BenchResult(latency=timed, placements=tuple(_placement(bundle, one) for one in units))
+
+
+def _compute_units(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Each choice once, Core ML's default where none was made; none for any other target.
+
+    Raises ExportError for what there is not, and for a bundle that nothing here runs as a device
+    would.
+    """
+    target = bundle.manifest.target
+    problems = [units for units in asked if units not in COMPUTE_UNITS]
+    if problems:
+        raise ExportError(
+            f"--compute-units {', '.join(problems)}: there are no such units.",
+            f"Use: {', '.join(COMPUTE_UNITS)}.",
+        )
+    if asked and target != TargetName.COREML:
+        raise ExportError(
+            f"--compute-units are Core ML's; this is a bundle of target '{target}'.",
+            "Leave them out, or export with --target coreml.",
+        )
+    where = runtime(bundle)
+    if not where.device:
+        command = " ".join(["bench", str(bundle.path), *(f"--compute-units {u}" for u in asked)])
+        raise ExportError(
+            f"Target '{target}' is timed on its own runtime, which needs macOS. Here there is only "
+            f"the {where.name}, whose speed says nothing about a device.",
+            f"Copy the bundle to a Mac and run there: fastvlm-export {command}",
+        )
+    if target != TargetName.COREML:
+        return ()
+    return tuple(dict.fromkeys(asked)) or (DEFAULT_UNITS,)
+
+
+def _placement(bundle: Bundle, units: str) -> Placement:
+    """Where operations run; a plan that can't be had must not cost what was timed."""
+    try:
+        return placement.measure(bundle, units)
+    except ExportError as error:
+        return Placement(compute_units=units, functions=(), problem=error.message)

@@ -101,15 +101,20 @@ class FunctionPlacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """All functions of a bundle's packages on one choice of compute units."""
+    """All functions of a bundle's packages on one choice of compute units.
+
+    `problem` says why there are none, where Core ML gave no plan.
+    """
 
     compute_units: str
     functions: tuple[FunctionPlacement, ...]
+    problem: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data."""
         return {
             "compute_units": self.compute_units,
+            "problem": self.problem,
             "functions": [one.to_dict() for one in self.functions],
         }
 

@@ -25,6 +25,9 @@ def placement(found: Sequence[Placement]) -> Group:
     """For each choice of units: shares by device, then what fell off the Neural Engine."""
     parts: list[RenderableType] = []
     for one in found:
+        if one.problem:
+            parts.append(Text(f"Placement, {one.compute_units}: {one.problem}", "yellow"))
+            continue
         parts.append(_table(one))
         for function in one.functions:
             parts += _fallen(function)

@@ -305,14 +305,26 @@ def time_bundle(
     plan: Plan,
     say: Callable[[str], None],
     peer: Subject | None = None,
+    compute_units: Sequence[str] = (),
 ) -> LatencyResult:
-    """Time the bundle, and beside it whatever else it is to be held against."""
+    """Time the bundle, and beside it whatever else it is to be held against.
+
+    On each of the compute units in turn; none: on those that its runtime chooses.
+    """
     manifest = bundle.manifest
-    subject = Subject(name=manifest.target, backend=Backend.BUNDLE, bundle=bundle.path)
+    subjects = [
+        Subject(
+            name=f"{manifest.target}, {units}" if units else manifest.target,
+            backend=Backend.BUNDLE,
+            bundle=bundle.path,
+            compute_units=units,
+        )
+        for units in compute_units or ("",)
+    ]
     ids = prompt_ids(
         read_tokenizer(bundle.path), sample.question, manifest.image_token_id, manifest.image_tokens
     )
-    subjects = [subject, peer] if peer else [subject]
+    subjects += [peer] if peer else []
     return latency.measure(subjects, sample.path or sample.image, ids, plan, say)
 
 
