@@ -102,7 +102,9 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
         images=images,
         folding=Folding.of(folded),
         clock=clock,
-        original=functools.cache(lambda: run_original(checkpoint, spec, images, clock)),
+        original=functools.cache(
+            lambda: run_original(checkpoint, spec, images, clock, request.steps)
+        ),
     )
     with bundles.staging(out) as folder:
         several = len(checked.chosen) > 1
@@ -167,10 +169,12 @@ def validate(
     images: tuple[Path, ...] = (),
     plan: Plan | None = None,
     progress: Progress | None = None,
+    steps: int | None = None,
 ) -> Outcome:
     """Prove an existing bundle against the checkpoint it was made from; write its report anew.
 
-    Without `source` the manifest must name the bundled model or random weights.
+    Without `source` the manifest must name the bundled model or random weights. The recipe in the
+    manifest is the one that its target computes. `steps`: see `ExportRequest`.
     """
     clock = Clock(progress or Silent())
     clock.stage("Check the files")
@@ -188,7 +192,8 @@ def validate(
     shown = samples(images)
     quantized = _again(checkpoint, manifest, spec, calibration, clock)
     reference = _reference(checkpoint, spec, quantized, exact=has_exact(bundle))
-    baseline = examine(reference, run_original(checkpoint, spec, shown, clock), clock)
+    original = run_original(checkpoint, spec, shown, clock, steps)
+    baseline = examine(reference, original, clock)
     proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
     record = quantized.record if quantized else None
     report = _report(checkpoint, bundle, proof, shown, None, record, clock)

@@ -27,7 +27,8 @@ from .source import SourceRequest
 class ExportRequest:
     """What `fastvlm-export` was asked for. None means the checkpoint's own.
 
-    `recipe` is a built-in's name or a path of a TOML file, `calibration` a folder of images.
+    `recipe` is a built-in's name or a path of a TOML file, `calibration` a folder of images,
+    `steps` how many greedy tokens are compared on each image.
     """
 
     source: SourceRequest
@@ -40,6 +41,7 @@ class ExportRequest:
     images: tuple[Path, ...] = ()
     force: bool = False
     plan: Plan | None = None
+    steps: int | None = None
     options: Options = DEFAULTS
 
 
@@ -93,28 +95,30 @@ def check(request: ExportRequest) -> Checked:
         nonlocal recipe
         recipe = recipe_file.find(request.recipe)
 
-    def share_options() -> None:
-        options.update(_shared(request.options, found))
-
     def read_calibration() -> None:
         nonlocal calibration
-        adapted = [target.adapt(recipe) for target in found.values()]
-        if request.calibration or any(map(needs_calibration, adapted or [recipe])):
+        adapted = [one.recipe for one in chosen] or [recipe]
+        if request.calibration or any(map(needs_calibration, adapted)):
             calibration = load_calibration(request.calibration)
 
     attempt(read_recipe)
     for name in request.targets:
         attempt(lambda name=name: choose(name))  # type: ignore[misc]
-    attempt(share_options)
-    attempt(lambda: _refuse([(target.adapt(recipe), target) for target in found.values()]))
+    attempt(lambda: options.update(_shared(request.options, found)))
+    chosen = tuple(
+        Chosen(
+            name=name,
+            target=target,
+            recipe=target.adapt(recipe),
+            options=options.get(name, DEFAULTS),
+        )
+        for name, target in found.items()
+    )
+    attempt(lambda: _refuse(chosen))
     attempt(read_calibration)
     attempt(lambda: bundles.check_out(request.out, force=request.force))
     attempt(lambda: samples(request.images))
     raise_together(problems)
-    chosen = tuple(
-        Chosen(name=name, target=target, recipe=target.adapt(recipe), options=options[name])
-        for name, target in found.items()
-    )
     return Checked(chosen=chosen, calibration=calibration)
 
 
@@ -124,7 +128,7 @@ def check_layers(checked: Checked, config: FastVLMConfig) -> None:
     Those are the layers after reparameterization, of which a recipe speaks.
     """
     folded = replace(config, tower=replace(config.tower, train_form=False))
-    _refuse([(one.recipe, one.target) for one in checked.chosen], build(folded))
+    _refuse(checked.chosen, build(folded))
 
 
 def _shared(options: Options, chosen: Mapping[str, Target]) -> dict[str, Options]:
@@ -154,7 +158,7 @@ def _shared(options: Options, chosen: Mapping[str, Target]) -> dict[str, Options
     return taken
 
 
-def _refuse(chosen: Sequence[tuple[Recipe, Target]], model: FastVLM | None = None) -> None:
+def _refuse(chosen: Sequence[Chosen], model: FastVLM | None = None) -> None:
     """Raise ExportError with all that the targets can't express of their recipes.
 
     With a model, also groups that don't divide a layer and rules that match none.
@@ -163,10 +167,10 @@ def _refuse(chosen: Sequence[tuple[Recipe, Target]], model: FastVLM | None = Non
     found: list[str] = []
     if model is not None:
         widths, tied = layer_widths(model.decoder), model.config.decoder.tied
-        for recipe, _ in chosen:
-            found += unused_rules(recipe, layer_names(model))
-    for recipe, target in chosen:
-        found += target.problems(recipe, widths, tied=tied)
+        for one in chosen:
+            found += unused_rules(one.recipe, layer_names(model))
+    for one in chosen:
+        found += one.target.problems(one.recipe, widths, tied=tied)
     if found:
         raise ExportError(
             "\n".join(dict.fromkeys(found)),

@@ -136,14 +136,20 @@ class Proof:
 
 
 def run_original(
-    checkpoint: Checkpoint, spec: ExportSpec, images: Sequence[Sample], clock: Clock
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    images: Sequence[Sample],
+    clock: Clock,
+    steps: int | None = None,
 ) -> Original:
     """Run the raw checkpoint in float32, unreparameterized. Its model is not kept.
 
-    Loading, folding, quantization and export all lie between it and an artifact.
+    Loading, folding, quantization and export all lie between it and an artifact. `steps` greedy
+    tokens are recorded on each image, or fewer where the context has no room for them.
     """
     cases = [_case(sample, spec, spec.tokenizer) for sample in images]
-    wanted = STEPS_OF_RANDOM if checkpoint.layout is Layout.RANDOM else STEPS
+    usual = STEPS_OF_RANDOM if checkpoint.layout is Layout.RANDOM else STEPS
+    wanted = usual if steps is None else steps
     room = min((spec.context - len(case.prompt_ids) for case in cases), default=wanted)
     clock.stage("Run the checkpoint in PyTorch")
     session = EagerSession(checkpoint.model(), spec.context)

@@ -17,7 +17,7 @@ from ..targets.base import Session
 LAYOUT = "layout"
 """The manifest's key for the client that a Core ML bundle is for."""
 
-NAMES = {TargetName.ONNX: "ONNX Runtime", TargetName.COREML: "Core ML"}
+NAMES: dict[str, str] = {TargetName.ONNX: "ONNX Runtime", TargetName.COREML: "Core ML"}
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
 
