@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import platform
 import shutil
 import tempfile
@@ -226,10 +227,11 @@ def _description(package: Path, function: str) -> Any:
     with quiet_import():
         from coremltools.models.utils import load_spec  # noqa: PLC0415 - imports torch
     try:
-        described = load_spec(str(package)).description
-    except Exception as error:  # protobuf's and the package reader's errors share no base
+        # By its file: given the package, coremltools writes the package's Manifest.json anew.
+        described = load_spec(str(_specification(package))).description
+    except Exception as error:  # JSON's, protobuf's and the system's errors share no base
         raise ExportError(
-            f"{package} is no Core ML package that can be read: {error}", EXPORT_HINT
+            f"{package} is no Core ML package that can be read: {error!r}", EXPORT_HINT
         ) from error
     functions = {one.name: one for one in described.functions}
     if not functions and function == MAIN:
@@ -238,6 +240,16 @@ def _description(package: Path, function: str) -> Any:
         names = ", ".join(functions) or MAIN
         raise ExportError(f"{package} has no function '{function}', but {names}.", EXPORT_HINT)
     return functions[function]
+
+
+def _specification(package: Path) -> Path:
+    """The file that the package's manifest names as its model."""
+    manifest = json.loads((package / "Manifest.json").read_text("utf-8"))
+    entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
+    path: Path = package / "Data" / entry["path"]
+    if not path.resolve().is_relative_to(package.resolve()):
+        raise ValueError(f"{entry['path']} lies outside the package")
+    return path
 
 
 def _shape(array: Any) -> tuple[int, ...]:

@@ -1,0 +1,273 @@
+"""Core ML's own part of a session, by stand-ins for coremltools' Mac-only classes.
+
+They have those classes' signatures, which a test checks; what they compute comes from the reference
+interpreter.
+"""
+
+import inspect
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.quantize.quiet import quiet_import
+from fastvlm_export.targets import coreml_session
+from fastvlm_export.targets.coreml_model import (
+    DECODE,
+    DECODER,
+    EMBEDDING,
+    EMBEDS,
+    IDS,
+    LENGTH,
+    MAIN,
+    POSITION,
+    PREFILL,
+    VISION,
+)
+from fastvlm_export.targets.coreml_session import COMPUTE_UNITS, CoreMLSession, open_mlmodel
+from fastvlm_export.validate.mil import open_model
+
+from . import coreml_packages as toy
+
+with quiet_import():
+    import coremltools
+    from coremltools.models import utils
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return toy.write_bundle(tmp_path_factory.mktemp("coreml") / "bundle")
+
+
+class StandInState:
+    def __init__(self, value):
+        self.value = value
+
+
+class StandInModel:
+    """CompiledMLModel, as particular about types as the real one."""
+
+    opened: ClassVar[list] = []
+
+    def __init__(
+        self,
+        path,
+        compute_units=coremltools.ComputeUnit.ALL,
+        function_name=None,
+        optimization_hints=None,
+        asset=None,
+    ):
+        assert isinstance(path, str)
+        assert isinstance(compute_units, coremltools.ComputeUnit)
+        package = next(Path(path).glob("*.mlpackage"), None)
+        if not path.endswith(".mlmodelc") or package is None:
+            raise RuntimeError(f"Error reading {path}")
+        self.opened.append((package.name, function_name, compute_units.name))
+        self.model = open_model(package, function_name or MAIN)
+
+    def predict(self, data, state=None):
+        assert type(data) is dict
+        assert state is None or isinstance(state, StandInState)
+        if set(data) != set(self.model.inputs):
+            raise RuntimeError("Error computing NN outputs.")
+        return self.model.predict(data, state.value if state else None)
+
+    def make_state(self):
+        return StandInState(self.model.make_state())
+
+
+@pytest.fixture
+def mac(monkeypatch, tmp_path):
+    """A Mac, as far as `open_mlmodel` can tell; gives the list of compilations."""
+    compiled = []
+
+    def compile_model(model, destination_path=None):
+        assert isinstance(model, str)
+        assert destination_path.endswith(".mlmodelc")
+        assert not Path(destination_path).exists()
+        shutil.copytree(model, Path(destination_path) / Path(model).name)
+        compiled.append(Path(model).name)
+        return destination_path
+
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(utils, "compile_model", compile_model)
+    monkeypatch.setattr(coremltools.models, "CompiledMLModel", StandInModel)
+    monkeypatch.setattr(StandInModel, "opened", [])
+    return compiled
+
+
+REAL = coremltools.models.CompiledMLModel
+
+
+def parameters(function):
+    return [
+        (one.name, one.kind, one.default) for one in inspect.signature(function).parameters.values()
+    ]
+
+
+def test_the_stand_ins_have_the_signatures_of_the_real_thing(mac):
+    for name in ("__init__", "predict", "make_state"):
+        assert parameters(getattr(StandInModel, name)) == parameters(getattr(REAL, name)), name
+
+
+def test_the_compilers_stand_in_has_its_signature(monkeypatch, request):
+    real = parameters(utils.compile_model)
+    request.getfixturevalue("mac")
+    assert parameters(utils.compile_model) == real
+
+
+def test_a_session_in_core_ml_answers_as_in_the_interpreter(bundle, mac):
+    ours, theirs = CoreMLSession(bundle, open_mlmodel("all")), CoreMLSession(bundle, open_model)
+    for session in (ours, theirs):
+        session.decode(session.embed(np.array([[1, 2, 3, 4, 0, 2]])))
+    step = np.full((1, 1, toy.D), 0.5, np.float32)
+    np.testing.assert_array_equal(ours.decode(step), theirs.decode(step))
+    pixels = np.ones((1, 3, toy.R, toy.R), np.float32)
+    np.testing.assert_array_equal(ours.encode_image(pixels), theirs.encode_image(pixels))
+    assert [one.inputs for one in (ours.prefill, ours.decode_one, ours.embedding)] == [
+        {EMBEDS: (1, toy.CHUNK, toy.D), POSITION: (1,), LENGTH: (1,)},
+        {EMBEDS: (1, 1, toy.D), POSITION: (1,)},
+        {IDS: (1, -1)},
+    ]
+
+
+@pytest.mark.parametrize("units", COMPUTE_UNITS)
+def test_units_and_functions_are_handed_to_core_ml(bundle, mac, units):
+    CoreMLSession(bundle, open_mlmodel(units))
+    unit = coremltools.ComputeUnit[units.upper().replace("-", "_")].name
+    assert sorted(StandInModel.opened, key=str) == sorted(
+        [
+            (VISION, None, unit),  # a package with one function knows it by no name
+            (EMBEDDING, None, unit),
+            (DECODER, PREFILL, unit),
+            (DECODER, DECODE, unit),
+        ],
+        key=str,
+    )
+
+
+def test_every_unit_of_core_ml_has_a_name_here():
+    names = {one.name.lower().replace("_", "-") for one in coremltools.ComputeUnit}
+    assert set(COMPUTE_UNITS) == names
+
+
+def test_a_package_is_compiled_once_for_all_its_functions_and_sessions(bundle, mac):
+    for _ in range(2):
+        CoreMLSession(bundle, open_mlmodel("all"))
+    assert sorted(mac) == sorted([VISION, EMBEDDING, DECODER])
+
+
+def test_a_cold_start_on_some_units_leaves_the_others_warm(bundle, mac):
+    for units in ("all", "cpu-only"):
+        open_mlmodel(units)(bundle.path / VISION, MAIN)
+    coreml_session.forget_compiled(bundle.path / VISION, "all")
+    assert len(mac) == 2
+    open_mlmodel("cpu-only")(bundle.path / VISION, MAIN)
+    assert len(mac) == 2
+    open_mlmodel("all")(bundle.path / VISION, MAIN)
+    assert len(mac) == 3
+
+
+def test_a_forgotten_or_changed_package_is_compiled_anew(bundle, mac, tmp_path):
+    package = tmp_path / VISION
+    shutil.copytree(bundle.path / VISION, package)
+    open_mlmodel()(package, MAIN)
+    coreml_session.forget_compiled(package, "all")
+    open_mlmodel()(package, MAIN)
+    assert mac == [VISION] * 2
+    specification = next(package.rglob("*.mlmodel"))
+    specification.write_bytes(specification.read_bytes())
+    first = next(coreml_session.compiled_folder(package, "all").iterdir())
+    open_mlmodel()(package, MAIN)
+    assert mac == [VISION] * 3
+    assert not first.exists()  # nobody can ask for it again
+    assert len(list(coreml_session.compiled_folder(package, "all").parent.iterdir())) == 1
+
+
+def test_a_failed_compilation_leaves_nothing_behind_and_says_why(bundle, mac, monkeypatch):
+    def fail(model, destination_path=None):
+        Path(destination_path).mkdir()
+        raise RuntimeError("Error compiling model: no such op")
+
+    monkeypatch.setattr(utils, "compile_model", fail)
+    with pytest.raises(ExportError, match=r"cannot be loaded by Core ML: .*no such op"):
+        open_mlmodel()(bundle.path / VISION, MAIN)
+    assert not coreml_session.compiled_folder(bundle.path / VISION, "all").exists()
+
+
+def test_what_core_ml_says_while_running_is_one_error(bundle, mac):
+    model = open_mlmodel()(bundle.path / VISION, MAIN)
+    with pytest.raises(ExportError, match=f"{VISION}.*cannot be run by Core ML: Error computing"):
+        model.predict({"pixels": np.ones(1, np.float32)})
+
+
+def test_a_function_that_is_not_there_is_named(bundle, mac):
+    with pytest.raises(ExportError, match="no function 'train', but prefill, decode"):
+        open_mlmodel()(bundle.path / DECODER, "train")
+    with pytest.raises(ExportError, match="no function 'train', but main"):
+        open_mlmodel()(bundle.path / VISION, "train")
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise"])
+def test_a_package_that_cannot_be_read_is_one_error(mac, tmp_path, damage, bundle):
+    package = tmp_path / VISION
+    if damage == "empty":
+        package.mkdir()
+    else:
+        shutil.copytree(bundle.path / VISION, package)
+        next(package.rglob("*.mlmodel")).write_bytes(b"\xff" * 100)
+    with pytest.raises(ExportError, match="no Core ML package that can be read"):
+        open_mlmodel()(package, MAIN)
+
+
+def test_opening_a_package_changes_none_of_its_files(bundle, mac):
+    files = [path for path in bundle.path.rglob("*") if path.is_file()]
+    before = [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in files]
+    CoreMLSession(bundle, open_mlmodel())
+    assert [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in files] == before
+
+
+def test_a_specification_outside_the_package_is_refused(bundle, mac, tmp_path):
+    package = tmp_path / VISION
+    shutil.copytree(bundle.path / VISION, package)
+    shutil.move(next(package.rglob("*.mlmodel")), tmp_path / "model.mlmodel")
+    manifest = package / "Manifest.json"
+    said = manifest.read_text("utf-8")
+    manifest.write_text(re.sub(r"com.apple.CoreML.{1,2}model.mlmodel", "../../model.mlmodel", said))
+    assert manifest.read_text("utf-8") != said
+    with pytest.raises(ExportError, match="lies outside the package"):
+        open_mlmodel()(package, MAIN)
+
+
+def test_units_that_there_are_not_are_refused():
+    with pytest.raises(ExportError, match="no compute units 'npu'") as caught:
+        open_mlmodel("npu")
+    assert "cpu-and-ne" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "here"),
+    [("Linux", "", "Linux"), ("Darwin", "14.6", "macOS 14.6"), ("", "", "unknown system")],
+)
+def test_core_ml_elsewhere_is_one_error(monkeypatch, system, release, here):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (release, ("", "", ""), ""))
+    with pytest.raises(ExportError, match=f"macOS 15 or later; this is.*{here}") as caught:
+        open_mlmodel()
+    assert "bench" in caught.value.hint
+
+
+def test_flexible_shapes_are_read_in_either_form():
+    array = coremltools.proto.FeatureTypes_pb2.ArrayFeatureType()
+    array.shape.extend([1, 3])
+    assert coreml_session._shape(array) == (1, 3)
+    for length in (1, 64):
+        array.enumeratedShapes.shapes.add().shape.extend([1, length])
+    assert coreml_session._shape(array) == (1, -1)
