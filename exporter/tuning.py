@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..quantize import recipe_file
+from ..quantize import palettes, recipe_file
 from ..quantize.calibration import Calibration, pixels
 from ..quantize.calibration import load as load_calibration
 from ..quantize.recipes import Recipe, unused_rules
 from ..quantize.weights import check_groups, layer_names, layer_widths
-from ..targets import onnx_recipes
+from ..targets import coreml_recipes, onnx_recipes
 from ..validate import sensitivity_mix as mixing
 from ..validate import sensitivity_report as reports
 from ..validate.sensitivity import POSITIONS, prompts
@@ -199,12 +199,14 @@ def _path_problems(
 def _check_layers(recipe: Recipe, model: FastVLM, *, with_budget: bool) -> None:
     """What can be wrong with a recipe once the layers are known."""
     widths = layer_widths(model.decoder)
-    check_groups(recipe, widths)
+    check_groups(palettes.without(recipe), widths)
     found = unused_rules(recipe, layer_names(model))
+    found += palettes.problems(recipe, palettes.layer_rows(model))
     hint = "Change the recipe."
     if with_budget:
-        # Upgrades give nothing that ONNX cannot express, so the recipe itself decides.
-        found += onnx_recipes.problems(recipe, widths, tied=model.config.decoder.tied)
+        # Upgrades give nothing that the target cannot express, so the recipe itself decides.
+        target = coreml_recipes if recipe.palettized else onnx_recipes
+        found += target.problems(recipe, widths, tied=model.config.decoder.tied)
         hint = "Change the recipe, or leave out --budget: a mixed recipe is for exporting."
     if found:
         raise ExportError("\n".join(found), hint)

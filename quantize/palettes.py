@@ -163,7 +163,9 @@ def palettize(
     wrong = problems(recipe, layer_rows(model))
     if wrong:
         raise ExportError(
-            "\n".join(wrong), "Change these keys; `fastvlm-export targets` shows who takes what."
+            "\n".join(wrong),
+            "Change these keys: a group_size divides the output channels of each of its layers, or "
+            'is "tensor" (one table for a layer); a rule of [[layers]] speaks about single layers.',
         )
     embedding, head = recipe.precision(EMBEDDING), recipe.precision(HEAD)
     tied = not hasattr(model.decoder, "lm_head")

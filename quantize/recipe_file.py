@@ -167,7 +167,7 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
         activations=table.choice("activations", computed, start.activations, why),
         activation_bits=table.choice("activation_bits", _ACTIVATION_BITS, start.activation_bits),
     )
-    if tables and "symmetric" in table:
+    if tables and isinstance(table.values.get("symmetric"), bool):  # else noted already
         table.complain("symmetric", "says nothing about lookup tables: leave it out")
         found = dataclasses.replace(found, symmetric=True)
     if "bits" not in table and found.bits not in (None, *sizes):

@@ -1,7 +1,8 @@
 """Single layers of a float model as a recipe would have them, put in place and taken out again.
 
 The modules compute with the very integers and ranges that an export would pack: they are taken from
-the quantized vision graph and the quantized decoder, GPTQ's choices among them.
+the quantized vision graph and the quantized decoder, GPTQ's choices among them, and from the
+palettized model.
 """
 
 import copy
@@ -21,6 +22,7 @@ from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
 from .activations import CONV, DEQUANTIZE, LINEAR, quantize_vision
 from .apply import decoder_inputs, same_weights
+from .palettes import palettize, without
 from .recipes import EMBEDDING, HEAD, Method, Part, Recipe, part_of
 from .weights import (
     QuantizedEmbedding,
@@ -116,7 +118,9 @@ def variants(
     it is not changed, and the variants share its biases.
     """
     found: dict[str, nn.Module] = {}
-    if any(recipe.precision(name).bits for name in layer_names(model) if _is_vision(name)):
+    names = layer_names(model)
+    rest = without(recipe)
+    if any(rest.precision(name).bits for name in names if _is_vision(name)):
         built = graphs.build(
             model,
             resolution=spec.preprocessing.resolution,
@@ -124,13 +128,14 @@ def variants(
             image_token_id=spec.image_token_id,
         )
         say("quantize vision")
-        found |= _vision(model, quantize_vision(built["vision"], recipe, shown, say))
-    precisions = [recipe.precision(layer) for layer in layer_widths(model.decoder)]
+        found |= _vision(model, quantize_vision(built["vision"], rest, shown, say))
+    precisions = [rest.precision(layer) for layer in layer_widths(model.decoder)]
     calibrated = any(p.bits and p.method is Method.GPTQ for p in precisions)
     sequences = decoder_inputs(model, shown, spec, say) if calibrated else []
     decoder = same_weights(model.decoder)
-    quantize_decoder(decoder, recipe, sequences, say)
-    return found | _decoder(decoder)
+    quantize_decoder(decoder, rest, sequences, say)
+    found |= _decoder(decoder) | _palettized(model, recipe, say)
+    return {name: found[name] for name in names if name in found}
 
 
 def _is_vision(layer: str) -> bool:
@@ -143,6 +148,12 @@ def _decoder(decoder: Decoder) -> dict[str, nn.Module]:
         for name, module in decoder.named_modules()
         if isinstance(module, QuantizedLinear | QuantizedEmbedding)
     }
+
+
+def _palettized(model: FastVLM, recipe: Recipe, say: Say) -> dict[str, nn.Module]:
+    changed = same_weights(model)
+    records = palettize(changed, recipe, say)
+    return {record.layer: changed.get_submodule(record.layer) for record in records}
 
 
 def _vision(model: FastVLM, program: ExportedProgram) -> dict[str, nn.Module]:

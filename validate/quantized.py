@@ -106,6 +106,9 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
 def _words(precision: Precision) -> str:
     if precision.bits is None:
         return "not quantized"
+    if precision.palettized:
+        sharing = f"{precision.group_size} channels" if precision.group_size else "layer"
+        return f"{precision.bits}-bit indices, one lookup table for each {sharing}"
     groups = f"in groups of {precision.group_size}" if precision.group_size else "per channel"
     symmetry = "symmetric" if precision.symmetric else "with zero points"
     words = f"{precision.bits}-bit weights {groups}, {symmetry}, {precision.method}"

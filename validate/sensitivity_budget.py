@@ -71,14 +71,17 @@ class Ladder:
 
 
 def next_precision(precision: Precision) -> Precision | None:
-    """8 bits per channel for 4, which runtimes are fast with; None where only float is left."""
+    """8 bits per channel for 4, which runtimes are fast with; None where only float is left.
+
+    For lookup tables 8 bits and one table: 256 entries serve a layer better than 16 serve a group.
+    """
     if precision.bits is None or precision.bits >= 8:
         return None
     return replace(precision, bits=8, group_size=None, symmetric=True)
 
 
 def stored_size(model: FastVLM, layer: str, precision: Precision) -> int:
-    """Bytes of a layer's weights, scales (float32), zero points and bias under a precision."""
+    """Bytes of a layer's weights, scales or tables (float32), zero points and bias."""
     table = layer == HEAD and not hasattr(model.decoder, "lm_head")
     module = model.get_submodule(EMBEDDING if table else layer)
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
@@ -86,6 +89,9 @@ def stored_size(model: FastVLM, layer: str, precision: Precision) -> int:
     size = 0 if bias is None else 4 * rows
     if precision.bits is None:
         return size + 4 * rows * width
+    if precision.palettized:
+        tables = rows // (precision.group_size or rows)
+        return size + 4 * tables * 2**precision.bits + math.ceil(rows * width * precision.bits / 8)
     groups = rows * (width // (precision.group_size or width))
     zero_points = 0 if precision.symmetric else groups * precision.bits
     return size + 4 * groups + math.ceil((rows * width * precision.bits + zero_points) / 8)

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from fastvlm_export.quantize.recipes import (
     ACTIVATIONS,
     METHODS,
+    PALETTE_BITS,
     RECIPES,
     Activations,
     Float,
     LayerRule,
     LossLimits,
+    Method,
     Observer,
     Part,
     Precision,
@@ -37,10 +39,16 @@ def precisions(part: Part) -> st.SearchStrategy[Precision]:
         bits=st.sampled_from((4, 8)),
         group_size=st.none() | st.integers(1, 65536),
         symmetric=st.booleans(),
-        method=st.sampled_from(METHODS[part]),
+        method=st.sampled_from([m for m in METHODS[part] if m is not Method.PALETTE]),
         activations=st.sampled_from(ACTIVATIONS[part]),
     )
-    return st.just(Precision()) | quantized
+    tables = st.builds(
+        Precision,
+        bits=st.sampled_from(PALETTE_BITS),
+        group_size=st.none() | st.integers(1, 65536),
+        method=st.just(Method.PALETTE),
+    )
+    return st.just(Precision()) | quantized | tables
 
 
 def rules(part: Part) -> st.SearchStrategy[LayerRule]:

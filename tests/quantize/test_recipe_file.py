@@ -131,6 +131,24 @@ def test_channel_takes_the_groups_away(tmp_path: Path) -> None:
     assert recipe_of(tmp_path, text).decoder == RECIPES["int8"].decoder
 
 
+def test_lookup_tables_start_anew_but_for_the_bits(tmp_path: Path) -> None:
+    """A group size, a symmetry and activations mean something else beside scales."""
+    text = 'base = "int4"\n[vision]\nmethod = "palette"\n[decoder]\nmethod = "palette"'
+    recipe = recipe_of(tmp_path, text)
+    assert recipe.vision == Precision(bits=8, method=Method.PALETTE)
+    assert recipe.decoder == Precision(bits=4, method=Method.PALETTE)
+    assert recipe.head == RECIPES["int4"].head
+    back = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\nmethod = "rtn"')
+    assert back.decoder == Precision(bits=4)
+    assert back.head == RECIPES["lut4"].head
+    grouped = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\ngroup_size = 8\n[head]\nbits = 6')
+    assert grouped.decoder == dataclasses.replace(RECIPES["lut4"].decoder, group_size=8)
+    assert grouped.head == dataclasses.replace(RECIPES["lut4"].head, bits=6)
+    whole = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\ngroup_size = "tensor"')
+    assert whole.decoder == Precision(bits=4, method=Method.PALETTE)
+    assert "symmetric" not in write(RECIPES["lut6"])
+
+
 def test_keep_takes_the_integers_away(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, 'base = "int8"\n[vision]\nkeep = true\n[head]\nkeep = false')
     assert recipe.vision == Precision()
@@ -147,6 +165,10 @@ def test_keep_takes_the_integers_away(tmp_path: Path) -> None:
         ('float = "fp16"', "fp16"),
         ('float = "fp16"\n[head]\nbits = 8', "int8"),
         ('base = "fp16"\nfloat = "fp32"', "fp32"),
+        ('base = "lut6"', "lut6"),
+        ('base = "lut6"\n[head]\nbits = 4', "lut4"),
+        ('[head]\nmethod = "palette"\nbits = 8', "int8"),
+        ('[head]\nmethod = "palette"\nbits = 1', "int4"),
     ],
 )
 def test_limits_go_by_the_fewest_bits(text: str, like: str, tmp_path: Path) -> None:
@@ -200,6 +222,7 @@ def test_what_counts_for_nothing_is_not_written(tmp_path: Path) -> None:
     assert recipe_of(tmp_path, write(recipe)) == Recipe(name="x")
 
 
+TABLES = 'method = "palette"'
 ONE_PROBLEM = [
     # unknown keys
     ("bse = 'int4'", "bse is no key. Did you mean 'base'?"),
@@ -253,8 +276,8 @@ ONE_PROBLEM = [
     ("[embedding]\nbits = 8\nactivations = 'static'", 'embedding.activations is "static", not'),
     ("[embedding]\nbits = 8\nactivations = 'dynamic'", 'embedding.activations is "dynamic", not'),
     ("[vision]\nbits = 8\nactivations = 'dynamic'", 'vision.activations is "dynamic", not "float"'),
-    ("[vision]\nbits = 8\nmethod = 'gptq'", 'vision.method is "gptq", not "rtn" (all that vision'),
-    ("[vision]\nbits = 8\nmethod = 'hqq'", 'vision.method is "hqq", not "rtn" (all that vision'),
+    ("[vision]\nbits = 8\nmethod = 'gptq'", 'vision.method is "gptq", not "rtn" or "palette" (all'),
+    ("[vision]\nbits = 8\nmethod = 'hqq'", 'vision.method is "hqq", not "rtn" or "palette" (all'),
     ("[embedding]\nbits = 8\nmethod = 'gptq'", 'embedding.method is "gptq", not "rtn" or "hqq"'),
     ("[decoder]\nbits = 8\nactivation_bits = 8", "decoder.activation_bits needs decoder.activ"),
     ("[decoder]\nbits = 8\nkeep = true", "decoder.bits and decoder.keep = true contradict"),
@@ -262,6 +285,24 @@ ONE_PROBLEM = [
     ("observer = 'histogram'", 'observer counts for "static" activations only'),
     ("base = 'int8'\npercentile = 99", 'percentile needs observer = "percentile", not "minmax"'),
     ("base = 'int8'\nrange_limit = 99", 'range_limit needs float = "fp16", not "fp32"'),
+    # lookup tables
+    (f"[vision]\n{TABLES}\nbits = 5", "vision.bits is 5, not 1 or 2 or 3 or 4 or 6 or 8"),
+    (f"[vision]\n{TABLES}\nbits = 4\nsymmetric = true", "vision.symmetric says nothing about"),
+    (f"[vision]\n{TABLES}\nbits = 4\nsymmetric = false", "vision.symmetric says nothing about"),
+    (f"[head]\n{TABLES}\nbits = 4\nsymmetric = 1", "head.symmetric is 1, not true or false"),
+    (f"[decoder]\n{TABLES}", "decoder.method needs decoder.bits: without"),
+    (
+        f"base = 'int8'\n[vision]\n{TABLES}\nactivations = 'static'",
+        'vision.activations is "static", not "float" (all there is beside lookup tables)',
+    ),
+    (
+        f"[head]\n{TABLES}\nbits = 4\ngroup_size = 'channel'",
+        'head.group_size is "channel", not "tensor" or a whole number from 1',
+    ),
+    ("[head]\nbits = 4\ngroup_size = 'tensor'", 'head.group_size is "tensor", not "channel" or'),
+    ("base = 'lut6'\n[head]\nmethod = 'rtn'", "head.bits is missing: rtn has no 6, as the base"),
+    ("base = 'lut4'\n[head]\nbits = 5", "head.bits is 5, not 1 or 2 or 3 or 4 or 6 or 8"),
+    ("base = 'lut4'\n[head]\nactivations = 'dynamic'", 'head.activations is "dynamic", not "fl'),
     # rules
     ("[[layers]]\nbits = 8", "layers[1].pattern is missing"),
     ("[[layers]]\npattern = 3\nbits = 8", "layers[1].pattern is 3, not a pattern of layer names"),
@@ -412,6 +453,7 @@ SCALARS = st.one_of(
         ("nan", "inf", "-inf", "true", "false", "0", "-1", "4", "8", "32", "99.9", "1e400", "[]")
     ),
     st.sampled_from(('"fp16"', '"int4"', '"channel"', '"static"', '"gptq"', '"percentile"', '""')),
+    st.sampled_from(('"lut6"', '"palette"', '"tensor"', '"rtn"', "6", "3")),
     st.sampled_from(("{}", "[{}]", "[1]", "1979-05-27", "07:32:00", "0xffff", "{bits = 4}")),
     st.integers().map(str),
     st.floats(allow_nan=False, allow_infinity=False).map(repr),

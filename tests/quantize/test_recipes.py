@@ -18,6 +18,7 @@ from fastvlm_export.quantize.recipes import (
     Activations,
     Float,
     LayerRule,
+    Method,
     Part,
     Precision,
     Recipe,
@@ -154,15 +155,17 @@ def test_rules_that_match_no_layer() -> None:
 
 
 def test_built_in_recipes() -> None:
-    assert list(RECIPES) == ["fp32", "fp16", "int8", "int4"]
+    assert list(RECIPES) == ["fp32", "fp16", "int8", "int4", "lut4", "lut6"]
     assert [name for name, recipe in RECIPES.items() if recipe.quantized] == [
         "fp16",
         "int8",
         "int4",
+        "lut4",
+        "lut6",
     ]
     assert RECIPES["fp32"].limits is None
     assert RECIPES["fp16"].float_format is Float.FP16
-    for name in ("fp16", "int8", "int4"):
+    for name in ("fp16", "int8", "int4", "lut4", "lut6"):
         limits = get(name).limits
         assert limits is not None
         assert 0 < limits.mean_kl < 1
@@ -170,7 +173,28 @@ def test_built_in_recipes() -> None:
         for part in Part:
             used = recipe.precision(example(part))
             static = used.activations is Activations.STATIC
-            assert static == (part is Part.VISION and used.bits is not None)
+            scaled = used.bits is not None and not used.palettized
+            assert static == (part is Part.VISION and scaled)
+        assert recipe.palettized == (recipe.name in ("lut4", "lut6"))
+
+
+def test_tables_are_the_whole_of_lut4_and_lut6() -> None:
+    """Core ML has them in one float format, and a tied table is stored once."""
+    for name, bits in (("lut4", 4), ("lut6", 6)):
+        recipe = get(name)
+        assert recipe.float_format is Float.FP16
+        assert len({getattr(recipe, part) for part in Part}) == 1
+        assert recipe.head.palettized
+        assert recipe.head.bits == bits
+        assert recipe.head.activations is Activations.FLOAT
+
+
+def test_float_weights_have_no_tables() -> None:
+    assert not Precision(method=Method.PALETTE).palettized
+    assert not Precision(bits=4).palettized
+    assert not Recipe(name="x", vision=Precision(method=Method.PALETTE)).palettized
+    rule = LayerRule(pattern="projector*", precision=Precision(bits=1, method=Method.PALETTE))
+    assert Recipe(name="x", layers=(rule,)).palettized
 
 
 def test_a_rule_alone_quantizes() -> None:

@@ -40,10 +40,29 @@ def problem(recipe: Recipe, layers: dict[str, int] | None = None, *, tied: bool 
     return found[0]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "int4"])
 def test_it_takes_the_built_in_recipes(name: str) -> None:
     assert takes(RECIPES[name])
     assert problems(RECIPES[name], None, tied=True) == []
+
+
+@pytest.mark.parametrize("name", ["lut4", "lut6"])
+def test_it_takes_no_lookup_tables(name: str) -> None:
+    assert not takes(RECIPES[name])
+    widths = {"decoder.layers.0.mlp.up_proj": 7}  # that 16 channels share a table is no block
+    assert problems(RECIPES[name], widths, tied=True) == [
+        'vision.method is "palette": target \'onnx\' takes "rtn"',
+        'embedding.method is "palette": target \'onnx\' takes "rtn" or "hqq"',
+        'decoder.method is "palette": target \'onnx\' takes "rtn", "hqq" or "gptq"',
+        'head.method is "palette": target \'onnx\' takes "rtn", "hqq" or "gptq"',
+    ]
+
+
+def test_a_rule_with_lookup_tables_is_named() -> None:
+    tables = Precision(bits=4, method=Method.PALETTE, group_size=8)
+    rule = LayerRule(pattern="decoder.layers.0.*", precision=tables)
+    found = problem(dataclasses.replace(INT4, name="x", layers=(rule,)))
+    assert found.startswith('layers["decoder.layers.0.*"].method is "palette"')
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)
