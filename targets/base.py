@@ -98,7 +98,7 @@ class Target(Protocol):
         """Look for the packages that lowering and running need, without importing torch."""
         ...
 
-    def adapt(self, recipe: "Recipe") -> "Recipe":
+    def adapt(self, recipe: "Recipe", options: Options = DEFAULTS) -> "Recipe":
         """The built-in recipe as this runtime computes it; any other recipe as it is."""
         ...
 
@@ -107,7 +107,12 @@ class Target(Protocol):
         ...
 
     def problems(
-        self, recipe: "Recipe", layers: Mapping[str, int] | None, *, tied: bool = False
+        self,
+        recipe: "Recipe",
+        layers: Mapping[str, int] | None,
+        *,
+        tied: bool = False,
+        options: Options = DEFAULTS,
     ) -> list[str]:
         """Every reason why this format can't express the recipe; none: it can.
 

@@ -45,7 +45,7 @@ def _unrounded(precision: Precision) -> Precision:
     return precision
 
 
-def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = False) -> list[str]:
+def problems(recipe: Recipe, layers: Mapping[str, int] | None) -> list[str]:
     """Every reason why Core ML cannot express the recipe, naming the key and what it can do.
 
     `layers`: layer name -> input width, where the model is known.

@@ -10,8 +10,8 @@ from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Float, Recipe
+from . import onnx_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session
-from .onnx_recipes import problems
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -57,7 +57,7 @@ def availability() -> Availability:
     )
 
 
-def adapt(recipe: Recipe) -> Recipe:
+def adapt(recipe: Recipe, options: Options = DEFAULTS) -> Recipe:
     """Recipes are written as ONNX Runtime computes them."""
     return recipe
 
@@ -70,6 +70,17 @@ def option_problems(options: Options) -> list[str]:
         for name, value in given.items()
         if value
     ]
+
+
+def problems(
+    recipe: Recipe,
+    layers: Mapping[str, int] | None,
+    *,
+    tied: bool = False,
+    options: Options = DEFAULTS,
+) -> list[str]:
+    """Every reason why ONNX cannot express the recipe."""
+    return onnx_recipes.problems(recipe, layers, tied=tied)
 
 
 def lower(
