@@ -136,6 +136,13 @@ class Node:
             return list(default)
         return [int(number) for number in self.array(parameter).reshape(-1).tolist()]
 
+    def scalars(self, parameter: str) -> list[int]:
+        """Any number of constant scalars of integers, or of truth values."""
+        constants = [ref.constant for ref in self.refs(parameter)]
+        if any(constant is None or constant.type.shape for constant in constants):
+            raise self.error(f"needs constant scalars for {parameter!r}")
+        return [int(constant.array().item()) for constant in constants if constant is not None]
+
     def number(self, parameter: str, default: float | None = None) -> Any:
         """A constant scalar: an int, a float or a bool."""
         if not self.has(parameter) and default is not None:

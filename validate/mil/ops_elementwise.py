@@ -12,12 +12,13 @@ from .numbers import BY_NAME, halved, range_of
 Operation = Callable[[Node], Kernel]
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Operation:
-    return lambda node: node.kernel(function, "x")
+def _unary(function: Callable[[Tensor], Tensor], *, rounds: bool = True) -> Operation:
+    """Not `rounds`: of numbers of a type, the result is one, too."""
+    return lambda node: node.kernel(function, "x", rounds=rounds)
 
 
-def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operation:
-    return lambda node: node.kernel(function, "x", "y")
+def _binary(function: Callable[[Tensor, Tensor], Tensor], *, rounds: bool = True) -> Operation:
+    return lambda node: node.kernel(function, "x", "y", rounds=rounds)
 
 
 def _guarded(function: Callable[[Tensor], Tensor], default: float) -> Operation:
@@ -112,24 +113,24 @@ def _cast(node: Node) -> Kernel:
 
 
 OPERATIONS: dict[str, Operation] = {
-    "abs": _unary(torch.abs),
+    "abs": _unary(torch.abs, rounds=False),
     "acos": _unary(torch.acos),
     "asin": _unary(torch.asin),
     "atan": _unary(torch.atan),
     "atanh": _unary(torch.atanh),
-    "ceil": _unary(torch.ceil),
+    "ceil": _unary(torch.ceil, rounds=False),
     "cos": _unary(torch.cos),
     "cosh": _unary(torch.cosh),
     "erf": _unary(torch.erf),
     "exp": _unary(torch.exp),
     "exp2": _unary(torch.exp2),
-    "floor": _unary(torch.floor),
-    "logical_not": _unary(torch.logical_not),
-    "relu": _unary(torch.relu),
-    "relu6": _unary(lambda x: x.clamp(0, 6)),
-    "round": _unary(torch.round),
+    "floor": _unary(torch.floor, rounds=False),
+    "logical_not": _unary(torch.logical_not, rounds=False),
+    "relu": _unary(torch.relu, rounds=False),
+    "relu6": _unary(lambda x: x.clamp(0, 6), rounds=False),
+    "round": _unary(torch.round, rounds=False),
     "sigmoid": _unary(torch.sigmoid),
-    "sign": _unary(torch.sign),
+    "sign": _unary(torch.sign, rounds=False),
     "silu": _unary(functional.silu),
     "sin": _unary(torch.sin),
     "sinh": _unary(torch.sinh),
@@ -163,17 +164,17 @@ OPERATIONS: dict[str, Operation] = {
     "floor_div": _binary(torch.floor_divide),
     "mod": _binary(torch.remainder),
     "pow": _binary(torch.pow),
-    "maximum": _binary(torch.maximum),
-    "minimum": _binary(torch.minimum),
-    "equal": _binary(torch.eq),
-    "not_equal": _binary(torch.ne),
-    "less": _binary(torch.lt),
-    "less_equal": _binary(torch.le),
-    "greater": _binary(torch.gt),
-    "greater_equal": _binary(torch.ge),
-    "logical_and": _binary(torch.logical_and),
-    "logical_or": _binary(torch.logical_or),
-    "logical_xor": _binary(torch.logical_xor),
+    "maximum": _binary(torch.maximum, rounds=False),
+    "minimum": _binary(torch.minimum, rounds=False),
+    "equal": _binary(torch.eq, rounds=False),
+    "not_equal": _binary(torch.ne, rounds=False),
+    "less": _binary(torch.lt, rounds=False),
+    "less_equal": _binary(torch.le, rounds=False),
+    "greater": _binary(torch.gt, rounds=False),
+    "greater_equal": _binary(torch.ge, rounds=False),
+    "logical_and": _binary(torch.logical_and, rounds=False),
+    "logical_or": _binary(torch.logical_or, rounds=False),
+    "logical_xor": _binary(torch.logical_xor, rounds=False),
     "select": _select,
     "cast": _cast,
 }

@@ -140,16 +140,16 @@ def _nearest(node: Node) -> Kernel:
 def _points(mode: str, size: int, out: int) -> Tensor:
     """Where each of `out` numbers is taken from `size`, by the sampling mode."""
     steps = torch.arange(out, dtype=torch.float64)
-    if mode == "STRICT_ALIGN_CORNERS" or (mode == "ALIGN_CORNERS" and out > 1):
-        points = steps * ((size - 1) / (out - 1)) if out > 1 else steps
-    elif mode == "DEFAULT":
-        points = steps * ((size - size / out) / (out - 1)) if out > 1 else steps
-    elif mode == "UNALIGN_CORNERS":
-        points = (steps + 0.5) * (size / out) - 0.5
-    elif mode == "ALIGN_CORNERS":
-        points = steps + (size - 1) / 2
-    else:
-        raise ValueError(f"the sampling mode {mode!r}")
+    if mode == "ALIGN_CORNERS" and out == 1:
+        return torch.tensor([(size - 1) / 2], dtype=torch.float64)
+    offset_step = max(1, size - 1) / out
+    points = {
+        "STRICT_ALIGN_CORNERS": steps * ((size - 1) / max(1, out - 1)),
+        "ALIGN_CORNERS": steps * ((size - 1) / max(1, out - 1)),
+        "DEFAULT": steps * (size / out),
+        "OFFSET_CORNERS": (steps + 0.5) * offset_step,
+        "UNALIGN_CORNERS": (steps + 0.5) * (size / out) - 0.5,
+    }[mode]
     return points.clamp(0, size - 1)
 
 

@@ -1,6 +1,6 @@
 """Reductions, normalizations, softmax, sums along an axis and sorting. Inside is float32."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,27 +9,30 @@ from torch.nn import functional
 from .node import Kernel, Node
 
 Operation = Callable[[Node], Kernel]
-_Reduce = Callable[[Tensor, Sequence[int], bool], Tensor]
+_Reduce = Callable[[Tensor, tuple[int, ...], bool], Tensor]
 
 
-def _reduction(function: _Reduce) -> Operation:
-    """`function(x, axes, keep)`; axes are all where none are given."""
+def _reduction(function: _Reduce, *, rounds: bool = True) -> Operation:
+    """`function(x, axes, keep)`; axes are all where none are given.
+
+    Not `rounds`: the result is one of the numbers given.
+    """
 
     def operation(node: Node) -> Kernel:
         axes = tuple(node.numbers("axes", range(len(node.ref("x").type.shape))))
         keep = bool(node.number("keep_dims", False))
         if node.is_float("x"):
-            return node.kernel(lambda x: function(x, axes, keep), "x")
+            return node.kernel(lambda x: function(x, axes, keep), "x", rounds=rounds)
         # As numbers, which the result's type cuts to integers.
         return node.kernel(lambda x: function(x.double(), axes, keep), "x")
 
     return operation
 
 
-def _product(x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
+def _product(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     for axis in axes:
         x = torch.prod(x, axis, keepdim=True)
-    return x if keep else x.squeeze(tuple(axes))
+    return x if keep else x.squeeze(axes)
 
 
 def _arg(function: Callable[..., Tensor]) -> Operation:
@@ -156,9 +159,9 @@ OPERATIONS: dict[str, Operation] = {
     "reduce_l2_norm": _reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep).sqrt()),
     "reduce_log_sum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep).log()),
     "reduce_log_sum_exp": _reduction(lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep)),
-    "reduce_max": _reduction(lambda x, axes, keep: torch.amax(x, axes, keepdim=keep)),
+    "reduce_max": _reduction(lambda x, axes, keep: torch.amax(x, axes, keepdim=keep), rounds=False),
     "reduce_mean": _reduction(lambda x, axes, keep: torch.mean(x, axes, keepdim=keep)),
-    "reduce_min": _reduction(lambda x, axes, keep: torch.amin(x, axes, keepdim=keep)),
+    "reduce_min": _reduction(lambda x, axes, keep: torch.amin(x, axes, keepdim=keep), rounds=False),
     "reduce_prod": _reduction(_product),
     "reduce_sum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
     "reduce_sum_square": _reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep)),

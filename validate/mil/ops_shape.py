@@ -38,8 +38,8 @@ def _reshape(node: Node) -> Kernel:
 
 
 def _reshape_like(node: Node) -> Kernel:
-    begins, ends = node.numbers("begins"), node.numbers("ends")
-    masks = node.numbers("end_masks", [0] * len(ends))
+    begins, ends = node.scalars("begins"), node.scalars("ends")
+    masks = node.scalars("end_masks")
 
     def run(x: Tensor, *references: Tensor) -> Tensor:
         sizes: list[int] = []

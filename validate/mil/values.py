@@ -87,7 +87,7 @@ def parse_type(package: Package, message: Any) -> Type:
 def is_text(message: Any) -> bool:
     """Whether a Value message is a string."""
     type_ = message.type
-    return type_.WhichOneof("type") == "tensorType" and type_.tensorType.dataType == STRING
+    return bool(type_.WhichOneof("type") == "tensorType" and type_.tensorType.dataType == STRING)
 
 
 def text(package: Package, message: Any) -> str:
