@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import targets
-from ..quantize import recipe_file
+from ..quantize import palettes, recipe_file
 from ..quantize.apply import needs_calibration
 from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
@@ -161,7 +161,8 @@ def _shared(options: Options, chosen: Mapping[str, Target]) -> dict[str, Options
 def _refuse(chosen: Sequence[Chosen], model: FastVLM | None = None) -> None:
     """Raise ExportError with all that the targets can't express of their recipes.
 
-    With a model, also groups that don't divide a layer and rules that match none.
+    With a model, also groups that don't divide a layer, tables that don't, and rules that match
+    none.
     """
     widths, tied = None, False
     found: list[str] = []
@@ -169,6 +170,7 @@ def _refuse(chosen: Sequence[Chosen], model: FastVLM | None = None) -> None:
         widths, tied = layer_widths(model.decoder), model.config.decoder.tied
         for one in chosen:
             found += unused_rules(one.recipe, layer_names(model))
+            found += palettes.problems(one.recipe, palettes.layer_rows(model))
     for one in chosen:
         found += one.target.problems(one.recipe, widths, tied=tied)
     if found:

@@ -1,7 +1,11 @@
-"""What the pipeline does when a gate fails, with a target that spoils what it wrote."""
+"""What the pipeline does: when a gate fails, with several targets, and under each recipe."""
 
+import gc
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +14,12 @@ from fastvlm_export import targets
 from fastvlm_export.exporter import pipeline
 from fastvlm_export.exporter.bundle import Bundle, files_of, open_bundle
 from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.exporter.requests import Checked, Chosen
 from fastvlm_export.exporter.source import SourceRequest
+from fastvlm_export.quantize.recipes import RECIPES, Float
 from fastvlm_export.targets import onnx
-from fastvlm_export.targets.base import Array, Session, TokenIds
+from fastvlm_export.targets.base import DEFAULTS, Array, Session, TokenIds
+from fastvlm_export.validate.proof import Reference
 
 
 class Louder:
@@ -52,7 +59,7 @@ def test_what_fails_is_kept_apart_and_the_old_bundle_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    request = pipeline.ExportRequest(source=SourceRequest(), out=out, force=True)
+    request = pipeline.ExportRequest(source=SourceRequest(), out=out, force=True, steps=4)
     (good,) = pipeline.export(request)
     assert good.passed
     before = files_of(out)
@@ -78,7 +85,8 @@ def test_each_recipe_keeps_its_promise_on_the_bundled_task(
     tmp_path: Path, recipe: str, points: float
 ) -> None:
     out = tmp_path / "out"
-    request = pipeline.ExportRequest(source=SourceRequest(), out=out, recipe=recipe)
+    steps = None if recipe == "int8" else 24  # the usual number takes its time
+    request = pipeline.ExportRequest(source=SourceRequest(), out=out, recipe=recipe, steps=steps)
     (outcome,) = pipeline.export(request)
     report = outcome.report
     print(report.verdict)
@@ -93,10 +101,85 @@ def test_each_recipe_keeps_its_promise_on_the_bundled_task(
     assert manifest["recipe"]["name"] == recipe
     assert len(manifest["quantization"]["calibration"]["images"]) == 14
     if recipe == "int4":  # the recipe and images are in the manifest: it can be proven anew
-        again = pipeline.validate(out)
+        again = pipeline.validate(out, steps=8)
         assert again.passed
         assert again.report.recipe == recipe
         manifest["quantization"]["calibration"]["images"].popitem()
         (out / "manifest.json").write_text(json.dumps(manifest), "utf-8")
         with pytest.raises(ExportError, match="calibrated on 13 other images"):
             pipeline.validate(out)
+
+
+class Model:
+    """Stands for a quantized model that takes much memory."""
+
+
+def test_targets_that_compute_alike_share_one_model_and_it_goes_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """quantize, lower, examine and prove are watched; nothing is computed."""
+    half = replace(RECIPES["int4"], float_format=Float.FP16)
+    chosen = tuple(
+        Chosen(name=name, target=onnx, recipe=recipe, options=DEFAULTS)
+        for name, recipe in (("a", RECIPES["int4"]), ("b", half), ("c", RECIPES["int4"]))
+    )
+    events: list[str] = []
+    alive: weakref.WeakSet[Model] = weakref.WeakSet()
+
+    def quantize(model: object, recipe: object, *_: object) -> SimpleNamespace:
+        gc.collect()
+        events.append(f"quantize with {len(alive)} before it")
+        made = Model()
+        alive.add(made)
+        return SimpleNamespace(programs=made, record=SimpleNamespace(recipe=recipe))
+
+    def lower(one: Chosen, quantized: object, work: object, place: Path) -> SimpleNamespace:
+        events.append(f"lower {one.name}")
+        (place / "manifest.json").write_text("{}")
+        return SimpleNamespace(path=place, manifest=SimpleNamespace(target=one.name))
+
+    def examine(reference: Reference, original: object, clock: object) -> str:
+        events.append(f"examine with {original}, exact: {reference.exact is not None}")
+        return "baseline"
+
+    def prove(baseline: str, bundle: SimpleNamespace, **_: object) -> None:
+        events.append(f"prove {bundle.manifest.target}")
+
+    def report(_: object, bundle: SimpleNamespace, *__: object) -> SimpleNamespace:
+        passed = bundle.manifest.target != "b"
+        return SimpleNamespace(passed=passed, write=lambda folder: None)
+
+    checkpoint = SimpleNamespace(config=None, model=lambda: None)
+    fakes = {
+        "check": lambda request: Checked(chosen=chosen, calibration=None),
+        "check_layers": lambda *_: None,
+        "load_source": lambda source: checkpoint,
+        "contract": lambda *_: SimpleNamespace(decoder=None, context=1),
+        "reparameterize": lambda *_: SimpleNamespace(model=None, folds=(), difference=0, limit=1),
+        "run_original": lambda *_: events.append("original") or "the original",
+        "quantize": quantize,
+        "_lower": lower,
+        "has_exact": lambda bundle: bundle.manifest.target == "b",
+        "examine": examine,
+        "prove": prove,
+        "_report": report,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(pipeline, name, fake)
+    found = pipeline.export(pipeline.ExportRequest(source=SourceRequest(), out=tmp_path / "out"))
+    assert events == [
+        "quantize with 0 before it",
+        "lower a",
+        "lower c",
+        "original",
+        "examine with the original, exact: False",
+        "prove a",
+        "prove c",
+        "quantize with 0 before it",
+        "lower b",
+        "examine with the original, exact: True",
+        "prove b",
+    ]
+    # In the order that was asked for; one that failed keeps all of them apart.
+    assert [outcome.path for outcome in found] == [tmp_path / "out.failed" / n for n in "abc"]
+    assert [outcome.passed for outcome in found] == [True, False, True]

@@ -1,0 +1,136 @@
+"""Which runtime opens a bundle here: its own, or the interpreter, and when neither can."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import pytest
+
+from fastvlm_export import targets
+from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.targets import apple_app, coreml_session
+from fastvlm_export.targets.base import Availability
+from fastvlm_export.validate import mil, sessions
+from fastvlm_export.validate.sessions import INTERPRETER, Runtime
+
+
+class Machine:
+    """Targets as one machine has them; sessions are what they were opened with."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, **found: Availability) -> None:
+        self.found = found
+        patch.setattr(targets, "get", self.get)
+        patch.setattr(coreml_session, "CoreMLSession", lambda bundle, opener: ("packages", opener))
+        patch.setattr(
+            apple_app, "AppleAppSession", lambda bundle, opener, exact=False: ("app", opener, exact)
+        )
+        patch.setattr(mil, "open_model", lambda *, exact=False: ("interpreter", exact))
+        patch.setattr(coreml_session, "open_mlmodel", lambda units: lambda: ("Core ML", units))
+
+    def get(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            availability=lambda: self.found[name], open=lambda bundle: f"{name}'s own"
+        )
+
+
+def has(*, lower: bool, run: bool) -> Availability:
+    return Availability(lower=lower, run=run, versions={}, remedy="install it")
+
+
+def bundle(
+    target: str = "coreml", recipe: str = "int8", artifact: Mapping[str, str] | None = None
+) -> SimpleNamespace:
+    manifest = SimpleNamespace(
+        target=target, recipe=RECIPES[recipe].to_dict(), artifact=artifact or {}
+    )
+    return SimpleNamespace(manifest=manifest)
+
+
+@pytest.fixture
+def linux(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch, onnx=has(lower=True, run=True), coreml=has(lower=True, run=False))
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch, onnx=has(lower=True, run=True), coreml=has(lower=True, run=True))
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch, onnx=has(lower=True, run=False), coreml=has(lower=False, run=False))
+
+
+def test_off_a_mac_the_interpreter_stands_in_and_is_no_device(linux: Machine) -> None:
+    assert sessions.runtime(bundle()) == INTERPRETER
+    assert not INTERPRETER.device
+    assert sessions.can_run("coreml")
+    kind, opener = sessions.open_session(bundle())
+    assert (kind, opener()) == ("packages", ("interpreter", False))
+    _, opener = sessions.open_session(bundle(), exact=True)
+    assert opener() == ("interpreter", True)
+
+
+def test_on_a_mac_core_ml_runs_but_for_the_exact_comparison(mac: Machine) -> None:
+    assert sessions.runtime(bundle()) == Runtime(name="Core ML", device=True)
+    assert sessions.open_session(bundle()) == "coreml's own"
+    _, opener = sessions.open_session(bundle(), exact=True)
+    assert opener() == ("interpreter", True)
+    _, opener = sessions.open_session(bundle(), compute_units="cpu-only")
+    assert opener() == ("Core ML", "cpu-only")
+
+
+def test_the_layout_in_the_manifest_chooses_the_session(mac: Machine) -> None:
+    app = bundle(artifact={"layout": apple_app.LAYOUT})
+    kind, opener, exact = sessions.open_session(app, exact=True)
+    assert (kind, opener(), exact) == ("app", ("interpreter", True), True)
+    kind, opener, _ = sessions.open_session(app, compute_units="all")
+    assert (kind, opener()) == ("app", ("Core ML", "all"))
+    assert sessions.open_session(bundle(artifact={"layout": "fastvlm"}), exact=True)[0] == (
+        "packages"
+    )
+
+
+def test_other_targets_run_in_their_own_runtime(linux: Machine) -> None:
+    onnx = bundle("onnx")
+    assert sessions.runtime(onnx) == Runtime(name="ONNX Runtime", device=True)
+    assert sessions.open_session(onnx) == "onnx's own"
+
+
+def test_where_nothing_runs_a_bundle_the_remedy_is_said(bare: Machine) -> None:
+    for target in ("onnx", "coreml"):
+        assert not sessions.can_run(target)
+        with pytest.raises(ExportError, match=f"'{target}' can't be run here") as caught:
+            sessions.open_session(bundle(target))
+        assert caught.value.hint == "install it"
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "said"),
+    [
+        (bundle("onnx"), {"exact": True}, "no interpreter that computes without rounding"),
+        (bundle("onnx"), {"compute_units": "all"}, "the ONNX Runtime has none"),
+        (bundle(), {"compute_units": "all"}, "the MIL reference interpreter has none"),
+    ],
+)
+def test_what_a_runtime_does_not_have_is_refused(
+    linux: Machine, asked: SimpleNamespace, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ExportError, match=said):
+        sessions.open_session(asked, **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "expected"),
+    [
+        ("coreml", "fp32", False),
+        ("coreml", "fp16", True),
+        ("coreml", "int4", True),
+        ("coreml", "lut4", True),
+        ("onnx", "int4", False),
+    ],
+)
+def test_rounded_core_ml_bundles_have_an_exact_form(
+    target: str, recipe: str, expected: bool
+) -> None:
+    assert sessions.has_exact(bundle(target, recipe)) == expected
