@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..quantize.recipe_file import PER_CHANNEL
-from ..quantize.recipes import Activations, LayerRule, Part, Precision, Recipe, Setting
+from ..quantize.recipes import Activations, LayerRule, Method, Part, Precision, Recipe, Setting
 from ..quantize.toml_file import shown
 
 GROUP_SIZES = (128, 64, 32)
@@ -23,20 +23,27 @@ _FLOAT = Precision()
 def adapt(recipe: Recipe) -> Recipe:
     """A built-in recipe, as Core ML computes it, as this layout does.
 
-    The projector is no part of the package: it stays float. Embedding and head have the decoder's
-    integers, since in int4 one table of 8 bits would make MLX store all layers in 8. Lookup tables
+    The projector is no part of the package: it stays float. Where table and head have other bits
+    than the decoder (int4), they get the decoder's, since MLX would store all layers with the most;
+    HQQ then chooses their scales, which on the bundled model costs half of RTN's KL. Lookup tables
     are Core ML's alone, so beside a palettized tower the language model is float.
     """
-    if not recipe.quantized or not any(p.bits for p in recipe.precisions):
+    if not any(p.bits for p in recipe.precisions):
         return recipe
     decoder = _FLOAT if recipe.decoder.palettized else recipe.decoder
     return replace(
         recipe,
-        embedding=decoder if recipe.embedding.bits else recipe.embedding,
+        embedding=_like(decoder, recipe.embedding),
         decoder=decoder,
-        head=decoder if recipe.head.bits else recipe.head,
+        head=_like(decoder, recipe.head),
         layers=(*recipe.layers, LayerRule(pattern="projector.*", precision=_FLOAT)),
     )
+
+
+def _like(decoder: Precision, table: Precision) -> Precision:
+    if table.bits is None or decoder.bits is None:
+        return _FLOAT
+    return table if table.bits == decoder.bits else replace(decoder, method=Method.HQQ)
 
 
 def problems(recipe: Recipe, layers: Mapping[str, int] | None = None) -> list[str]:
