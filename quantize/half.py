@@ -32,6 +32,7 @@ from ..exporter.graphs import Graph, export_program
 from .ranges import (
     DEQUANTIZE_TENSOR,
     DEQUANTIZE_WEIGHT,
+    LOOKUP,
     QUANTIZE,
     Inputs,
     OpRange,
@@ -173,15 +174,15 @@ def _scale_is_lost(node: Node) -> bool:
 
 
 def _around(program: ExportedProgram, names: set[str]) -> set[str]:
-    """The quantize operators behind kept ones, the dequantize operators before kept ones alone.
+    """What rounds to integers behind kept operators, and what makes floats for them alone.
 
-    They go to and from integers in any type, so that no cast is needed there.
+    That goes from and to any type, so that no cast is needed there.
     """
     found = set()
     for node in program.graph.nodes:
         kind, readers = str(node.target), [user.name for user in node.users]
         behind = kind == QUANTIZE and node.args[0].name in names
-        before = kind in (DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT)
+        before = kind in (DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, LOOKUP)
         if behind or (before and readers and names.issuperset(readers)):
             found.add(node.name)
     return found

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE_TENSOR = "quantized_decomposed.dequantize_per_tensor.default"
 DEQUANTIZE_WEIGHT = "quantized_decomposed.dequantize_per_channel.default"
+LOOKUP = "fastvlm.lookup.default"
 QUANTIZED_LINEAR = "fastvlm.quantized_linear.default"
 
 WEIGHT_ERROR = 2.0**-8

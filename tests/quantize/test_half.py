@@ -13,7 +13,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fastvlm_export.exporter import checkpoint, graphs
@@ -30,10 +29,9 @@ from fastvlm_export.quantize.ranges import larger, magnitude
 from fastvlm_export.quantize.runnable import Float32Interpreter, runnable
 from fastvlm_export.targets import onnx_lowering
 
-LIMIT = 32752.0  # the recipe's
-ROUNDING = 2e-3
-RESOLUTION, CONTEXT = 128, 64
-BLOCK = "vision_tower.network.2.1"
+from .halves import BLOCK, LIMIT, RESOLUTION, ROUNDING, enlarged, error, half_inputs, silent
+
+CONTEXT = 64
 
 
 def built(model: FastVLM) -> dict[str, Graph]:
@@ -56,27 +54,12 @@ def inputs_of(graph: Graph, model: FastVLM) -> tuple[Tensor, ...]:
     )
 
 
-def half_inputs(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In the types that the program takes."""
-    examples, _ = program.example_inputs
-    flat = torch.utils._pytree.tree_leaves(examples)
-    return tuple(x.to(like.dtype) for x, like in zip(inputs, flat, strict=True))
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The worst difference over the peak; NaN where either has one."""
-    return float((found.float() - expected).abs().max() / expected.abs().max())
-
-
 def errors(half: Half, graph: Graph, inputs: tuple[Tensor, ...]) -> list[float]:
     """Of every output, against the module in float32."""
     expected = graph.module(*inputs)
     expected = expected if isinstance(expected, tuple) else (expected,)
     found = runnable(half.program)(*half_inputs(half.program, inputs))
     return [error(f, e) for f, e in zip(found, expected, strict=True)]
-
-
-def silent(_: str) -> None: ...
 
 
 def single(module: nn.Module, x: Tensor) -> Graph:
@@ -87,29 +70,6 @@ def single(module: nn.Module, x: Tensor) -> Graph:
 @pytest.fixture
 def plain(tiny: FastVLM) -> FastVLM:
     return reparameterize(tiny).model
-
-
-@torch.no_grad()
-def enlarged(model: FastVLM, peak: float) -> FastVLM:
-    """The same function with a residual stream that reaches `peak` inside one block.
-
-    The block's token mixer is multiplied by a factor, and every reader of what it makes divided by
-    it; biases of the readers stay.
-    """
-    tower = model.vision_tower
-    block, after = tower.network[2][1], tower.network[3].proj[0].lkb_reparam
-    inputs = torch.rand(1, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(1))
-    seen: list[float] = []
-    hook = block.token_mixer.register_forward_hook(lambda *a: seen.append(a[2].abs().max().item()))
-    tower(inputs)
-    hook.remove()
-    factor = peak / seen[0]
-    for layer in (block.token_mixer.reparam_conv, block.convffn.fc2):
-        layer.weight *= factor
-        layer.bias *= factor
-    for layer in (block.convffn.conv.conv, after):
-        layer.weight /= factor
-    return model
 
 
 def test_a_model_inside_the_range_keeps_no_operator(plain: FastVLM) -> None:
