@@ -109,7 +109,7 @@ def check(request: ExportRequest) -> Checked:
         Chosen(
             name=name,
             target=target,
-            recipe=target.adapt(recipe),
+            recipe=target.adapt(recipe, options.get(name, DEFAULTS)),
             options=options.get(name, DEFAULTS),
         )
         for name, target in found.items()
@@ -172,7 +172,7 @@ def _refuse(chosen: Sequence[Chosen], model: FastVLM | None = None) -> None:
             found += unused_rules(one.recipe, layer_names(model))
             found += palettes.problems(one.recipe, palettes.layer_rows(model))
     for one in chosen:
-        found += one.target.problems(one.recipe, widths, tied=tied)
+        found += one.target.problems(one.recipe, widths, tied=tied, options=one.options)
     if found:
         raise ExportError(
             "\n".join(dict.fromkeys(found)),

@@ -36,7 +36,7 @@ class Target:
     def availability(self) -> Availability:
         return Availability(lower=True, run=self.run, versions={}, remedy=f"install {self.name}")
 
-    def adapt(self, recipe: Recipe) -> Recipe:
+    def adapt(self, recipe: Recipe, options: Options = DEFAULTS) -> Recipe:
         return replace(recipe, float_format=Float.FP16) if self.half else recipe
 
     def option_problems(self, options: Options) -> list[str]:
@@ -48,7 +48,12 @@ class Target:
         ]
 
     def problems(
-        self, recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = False
+        self,
+        recipe: Recipe,
+        layers: Mapping[str, int] | None,
+        *,
+        tied: bool = False,
+        options: Options = DEFAULTS,
     ) -> list[str]:
         if recipe.name != self.refuses:
             return []
