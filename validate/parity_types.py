@@ -122,8 +122,13 @@ class ParityResult:
         if not self.failures:
             if self.worst is None:
                 return "Nothing was compared."
-            return f"Every stage agrees with PyTorch. Nearest to a limit: {_describe(*self.worst)}."
+            return f"Every stage agrees with PyTorch. Nearest to a limit: {self.nearest}."
         return f"The first stage to break: {self.failure}"
+
+    @property
+    def nearest(self) -> str:
+        """The number nearest to its limit, in words; empty where nothing was compared."""
+        return _describe(*self.worst) if self.worst else ""
 
     @property
     def failure(self) -> str:

@@ -54,6 +54,51 @@ def test_a_bundle_opens_as_it_was_written(tmp_path: Path) -> None:
     assert set(manifest.files) == {"config.json", "onnx/graph.onnx"}
 
 
+def test_what_clients_must_know_of_the_artifact_is_kept(tmp_path: Path) -> None:
+    details: dict[str, str | int] = {"layout": "apple-app", "prefill_chunk": 128}
+    manifest = dataclasses.replace(write(tmp_path), artifact=details)
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    assert open_bundle(tmp_path).manifest.artifact == details
+
+
+def test_a_manifest_of_an_earlier_version_says_so(tmp_path: Path) -> None:
+    values = json.loads(write(tmp_path).to_json())
+    del values["artifact"]
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(ExportError, match="damaged: KeyError"):
+        open_bundle(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(values | {"schema": 2}))
+    with pytest.raises(ExportError, match="has schema 2; this version reads 3"):
+        open_bundle(tmp_path)
+
+
+def test_files_of_a_package_are_hashed_wherever_they_lie(tmp_path: Path) -> None:
+    """A package is a folder, with a manifest of its own."""
+    inner = tmp_path / "vision.mlpackage" / "Data" / "com.apple.CoreML" / "weights"
+    inner.mkdir(parents=True)
+    (inner / "weight.bin").write_bytes(bytes(64))
+    (inner.parent / "model.mlmodel").write_bytes(b"program")
+    (tmp_path / "vision.mlpackage" / "Manifest.json").write_text("{}")
+    (tmp_path / "vision.mlpackage" / "manifest.json").write_text("{}")
+    manifest = write(tmp_path)
+    program = "vision.mlpackage/Data/com.apple.CoreML/model.mlmodel"
+    weights = "vision.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    assert set(manifest.files) == {
+        "config.json",
+        "onnx/graph.onnx",
+        "vision.mlpackage/Manifest.json",
+        "vision.mlpackage/manifest.json",
+        program,
+        weights,
+    }
+    (inner / "weight.bin").write_bytes(bytes(63) + b"1")
+    (inner.parent / "model.mlmodel").unlink()
+    with pytest.raises(ExportError) as caught:
+        open_bundle(tmp_path)
+    assert f"{weights} differs" in caught.value.message
+    assert f"{program} is missing" in caught.value.message
+
+
 def test_changed_and_missing_files_are_all_named(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "onnx" / "graph.onnx").write_text("weighty")
@@ -99,6 +144,11 @@ def test_a_link_out_of_the_bundle_is_refused(tmp_path: Path) -> None:
         {"source": {"name": "x"}},
         {"eos_token_ids": "abc"},
         {"unheard_of": 1},
+        {"artifact": []},
+        {"artifact": {"layout": None}},
+        {"artifact": {"prefill_chunk": 1.5}},
+        {"artifact": {"capacity": True}},
+        {"artifact": {"layout": {"name": "apple-app"}}},
     ],
 )
 def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, change: dict[str, object]) -> None:

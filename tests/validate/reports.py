@@ -17,6 +17,7 @@ from fastvlm_export.validate.latency import Backend, LatencyResult, Part, Subjec
 from fastvlm_export.validate.loss import Answers, measure_loss
 from fastvlm_export.validate.proof import Accuracy
 from fastvlm_export.validate.report import Example, Export, File, Folding, Report
+from fastvlm_export.validate.sessions import INTERPRETER, NOT_TIMED
 
 from .fakes import Altered, case, compare, tiny_session
 
@@ -128,6 +129,19 @@ def quantized_report(**changes):
         "accuracy": accuracy(candidate_wrong=(3,), reference_wrong=(3,), original_wrong=()),
     }
     return full_report(**(values | changes))
+
+
+def core_ml_report(**changes):
+    """A bundle that no device ran, compared in both ways."""
+    values = {
+        "target": "coreml",
+        "recipe": "int4",
+        "exact": parity_result(),
+        "latency": None,
+        "latency_note": NOT_TIMED,
+        "runtime": INTERPRETER,
+    }
+    return quantized_report(**(values | changes))
 
 
 def folding():

@@ -15,11 +15,14 @@ from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.progress import Silent
 from fastvlm_export.exporter.samples import Sample
 from fastvlm_export.exporter.tensor_names import Layout
-from fastvlm_export.quantize.recipes import RECIPES, LossLimits, Recipe
+from fastvlm_export.quantize.recipes import RECIPES, Float, LossLimits, Recipe
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import proof
+from fastvlm_export.validate.latency import Plan
 from fastvlm_export.validate.limits import FLOAT32, INTEGER_ACTIVATIONS
+from fastvlm_export.validate.parity import Stage
 from fastvlm_export.validate.proof import Baseline, Reference
+from fastvlm_export.validate.sessions import INTERPRETER, Runtime
 
 from .fakes import IMAGE_TOKEN_ID, RESOLUTION, Altered, tiny_model
 
@@ -82,12 +85,20 @@ def watched(monkeypatch):
     return found
 
 
-def reference(watched, recipe=RECIPES["fp32"], quantized=None, layout=Layout.APPLE):
+def reference(
+    watched,
+    recipe=RECIPES["fp32"],
+    quantized=None,
+    layout=Layout.APPLE,
+    exact=None,
+    context=CONTEXT,
+):
     return Reference(
         checkpoint=SimpleNamespace(model=tiny_model, layout=layout),
-        spec=contract(context=CONTEXT, tokenizer=Letters()),
+        spec=contract(context=context, tokenizer=Letters()),
         recipe=recipe,
         quantized=quantized,
+        exact=exact,
     )
 
 
@@ -106,10 +117,14 @@ def examine(given):
     )
 
 
-def prove(given, session, monkeypatch):
-    monkeypatch.setattr(proof, "open_session", lambda bundle: session())
-    bundle = SimpleNamespace(path=Path(), manifest=contract(target="onnx"))
-    return proof.prove(given, bundle, images=IMAGES, plan=None, peer=None, clock=Clock(Silent()))
+def prove(given, session, monkeypatch, *, exact=None, plan=None):
+    """`exact` opens the bundle for the comparison without rounding: then it is Core ML's."""
+    openers = {False: session, True: exact}
+    monkeypatch.setattr(proof, "open_session", lambda bundle, *, exact=False: openers[exact]())
+    target = "coreml" if exact else "onnx"
+    recipe = given.reference.recipe.to_dict()
+    bundle = SimpleNamespace(path=Path(), manifest=contract(target=target, recipe=recipe))
+    return proof.prove(given, bundle, images=IMAGES, plan=plan, peer=None, clock=Clock(Silent()))
 
 
 def test_a_float32_bundle_is_held_to_the_checkpoint(watched, monkeypatch):
@@ -199,3 +214,96 @@ def test_a_model_that_gives_nan_fails_with_a_report_instead_of_an_error(asked, m
     found = prove(examine(reference(asked)), broken, monkeypatch)
     assert not found.parity.passed
     assert found.accuracy is None
+
+
+HALF = replace(INT8, float_format=Float.FP16)
+"""What Core ML makes of int8: its limits leave room for a planted fault."""
+
+
+def coarse():
+    return EagerSession(rounded(), CONTEXT)
+
+
+def slightly(factor=1.0003, **more):
+    """The same as an artifact of half precision may be: within its limits, not within float32's."""
+    scale = {part: (lambda x: x * np.float32(factor)) for part in ("image", "embed", "decode")}
+    return Altered(coarse(), **(scale | more))
+
+
+def exact_baseline(watched):
+    return examine(reference(watched, HALF, lambda: watched.open(rounded()), exact=coarse))
+
+
+def test_without_rounding_the_artifact_is_held_to_float32(watched, monkeypatch):
+    baseline = exact_baseline(watched)
+    assert [recording.case.name for recording in baseline.exact] == ["10.png"]
+    assert baseline.exact[0].steps == proof.EXACT_STEPS
+    noisy = lambda: slightly(embed=lambda x: x)  # noqa: E731
+    found = prove(baseline, noisy, monkeypatch, exact=coarse)
+    assert found.parity.passed  # the typed comparison has room for it
+    assert found.parity.limits.logits == INTEGER_ACTIVATIONS.logits
+    assert found.exact.passed
+    assert (found.exact.limits.logits, found.exact.limits.features) == (1e-4, 1e-4)
+    assert {m.stage for m in found.exact.measurements} == set(Stage)
+
+
+@pytest.mark.parametrize(
+    ("part", "stage"),
+    [
+        ("image", Stage.IMAGE_FEATURES),
+        ("embed", Stage.EMBEDDINGS),
+        ("decode", Stage.FIRST_TOKEN),
+    ],
+)
+def test_a_fault_that_hides_in_rounding_noise_shows_without_it(watched, monkeypatch, part, stage):
+    def faulty():
+        return Altered(coarse(), **{part: lambda x: x * np.float32(1.001)})
+
+    found = prove(exact_baseline(watched), coarse, monkeypatch, exact=faulty)
+    assert found.parity.passed
+    assert not found.exact.passed
+    assert found.exact.first_broken is stage
+
+
+def test_each_session_is_closed_before_the_next_is_opened(watched, monkeypatch):
+    opened = lambda: watched.open(rounded())  # noqa: E731
+    baseline = examine(reference(watched, HALF, opened, exact=opened))
+    prove(baseline, opened, monkeypatch, exact=opened)
+    assert watched.before == [0] * 5  # original, quantized, exact, artifact, exact artifact
+
+
+def test_an_exact_bundle_without_an_exact_reference_is_the_caller_s_error(watched, monkeypatch):
+    baseline = examine(reference(watched, HALF, lambda: watched.open(rounded())))
+    assert baseline.exact is None
+    with pytest.raises(ValueError, match="its reference was not asked"):
+        prove(baseline, coarse, monkeypatch, exact=coarse)
+
+
+def test_what_no_device_runs_is_not_timed(watched, monkeypatch):
+    timed = []
+    monkeypatch.setattr(proof, "time_bundle", lambda *_: timed.append(1) or "times")
+    baseline = exact_baseline(watched)
+    monkeypatch.setattr(proof, "runtime", lambda bundle: Runtime(name="chip", device=True))
+    assert prove(baseline, coarse, monkeypatch, exact=coarse, plan=Plan()).latency == "times"
+    monkeypatch.setattr(proof, "runtime", lambda bundle: INTERPRETER)
+    assert prove(baseline, coarse, monkeypatch, exact=coarse, plan=Plan()).latency is None
+    assert timed == [1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "context", "asked", "expected"),
+    [
+        (Layout.APPLE, CONTEXT, None, 64),
+        (Layout.RANDOM, CONTEXT, None, 24),
+        (Layout.APPLE, CONTEXT, 3, 3),
+        (Layout.APPLE, 130, None, 12),  # the prompt takes 118
+    ],
+)
+def test_greedy_tokens_are_64_or_what_is_asked_for_or_has_room(
+    watched, monkeypatch, layout, context, asked, expected
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(proof, "is_bundled_model", lambda checkpoint: False)
+    given = reference(watched, layout=layout, context=context)
+    found = proof.run_original(given.checkpoint, given.spec, IMAGES[:1], Clock(Silent()), asked)
+    assert [recording.steps for recording in found.recordings] == [expected]
