@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvlm_export.exporter.errors import ExportError
-from fastvlm_export.quantize.quiet import quiet_import
 from fastvlm_export.targets.coreml_model import (
     DECODE,
     DECODER,
@@ -29,9 +28,6 @@ from fastvlm_export.targets.coreml_session import CoreMLSession
 from fastvlm_export.validate.mil import open_model
 
 from . import coreml_packages as toy
-
-with quiet_import():
-    pass
 
 
 @pytest.fixture(scope="module")
