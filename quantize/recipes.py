@@ -294,6 +294,8 @@ def unused_rules(recipe: Recipe, layers: Iterable[str]) -> list[str]:
 _VISION = Precision(bits=8, activations=Activations.STATIC)
 _TABLE = Precision(bits=8)
 _DYNAMIC = Precision(bits=8, activations=Activations.DYNAMIC)
+# On the bundled model 16 channels to a table cost a fifth of KL less than one table for a layer
+# where indices have 4 bits; with 6 bits more tables gain nothing that the task's answers show.
 _LUT4 = Precision(bits=4, group_size=16, method=Method.PALETTE)
 _LUT6 = Precision(bits=6, method=Method.PALETTE)
 
@@ -325,10 +327,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="lut4",
             float_format=Float.FP16,
-            vision=_LUT4,
-            embedding=_LUT4,
+            vision=_LUT6,
+            embedding=_LUT6,
             decoder=_LUT4,
-            head=_LUT4,
+            head=_LUT6,
             limits=LossLimits(mean_kl=0.5, accuracy_points=2.0),
         ),
         Recipe(

@@ -141,9 +141,9 @@ def test_lookup_tables_start_anew_but_for_the_bits(tmp_path: Path) -> None:
     back = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\nmethod = "rtn"')
     assert back.decoder == Precision(bits=4)
     assert back.head == RECIPES["lut4"].head
-    grouped = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\ngroup_size = 8\n[head]\nbits = 6')
+    grouped = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\ngroup_size = 8\n[head]\nbits = 8')
     assert grouped.decoder == dataclasses.replace(RECIPES["lut4"].decoder, group_size=8)
-    assert grouped.head == dataclasses.replace(RECIPES["lut4"].head, bits=6)
+    assert grouped.head == dataclasses.replace(RECIPES["lut4"].head, bits=8)
     whole = recipe_of(tmp_path, 'base = "lut4"\n[decoder]\ngroup_size = "tensor"')
     assert whole.decoder == Precision(bits=4, method=Method.PALETTE)
     assert "symmetric" not in write(RECIPES["lut6"])
