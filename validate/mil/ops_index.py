@@ -137,7 +137,7 @@ def _gather(node: Node) -> Kernel:
         chosen = _checked(node, indices, x.shape[at])
         if batch == 0:
             picked = x.index_select(at, chosen.reshape(-1))
-            return picked.reshape(*x.shape[:at], *chosen.shape, *x.shape[at + 1 :])
+            return picked.reshape((*x.shape[:at], *chosen.shape, *x.shape[at + 1 :]))
         rows = [
             torch.arange(x.shape[i]).reshape(-1, *[1] * (at - 1 - i + chosen.dim() - batch))
             for i in range(at)

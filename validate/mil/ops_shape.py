@@ -97,6 +97,9 @@ def _concat(node: Node) -> Kernel:
             ),
             "values",
         )
+    if any(not ref.type.shape for ref in node.refs("values")):
+        # Scalars, which coremltools lets through, make a vector.
+        return _moves(node, lambda *values: torch.cat([v.reshape(-1) for v in values]), "values")
     return _moves(node, lambda *values: torch.cat(values, axis), "values")
 
 

@@ -15,12 +15,12 @@ from fastvlm_export.validate.mil import Interpreter, open_model
 with quiet_import():
     import coremltools as ct
     from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import types
+    from coremltools.converters.mil.mil import get_new_symbol, types
 
 # coremltools collects garbage at each conversion: everything imported so far stays.
 gc.freeze()
 
-__all__ = ["ct", "mb", "normal", "run", "save", "types"]
+__all__ = ["ct", "get_new_symbol", "mb", "normal", "run", "save", "types"]
 
 Array = NDArray[Any]
 _TYPES = {
