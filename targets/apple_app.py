@@ -128,15 +128,13 @@ def _added(tokenizer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 class AppleAppSession:
     """The folder as the app runs it: the package, then what MLX computes, here in PyTorch.
 
-    See `Session`, and `apple_app_model` for what MLX's half proves and what it leaves out. `exact`
-    changes nothing here: whoever passes `open_model` chooses how the package computes, and the rest
-    is float32 sums of the stored numbers either way.
+    See `Session`, and `apple_app_model` for what MLX's half proves and what it leaves out. `exact`:
+    embeddings are not rounded to float16; whoever passes `open_model` chooses for the package.
     """
 
     def __init__(self, bundle: Bundle, open_model: OpenModel, *, exact: bool = False) -> None:
         from .apple_app_model import open_rest  # noqa: PLC0415 - imports torch
 
-        del exact
         path = bundle.path / PACKAGE
         if not path.is_dir():
             raise ExportError(f"{bundle.path} has no {PACKAGE}.", EXPORT_HINT)
@@ -144,7 +142,7 @@ class AppleAppSession:
         if set(self.tower.inputs) != {IMAGES}:
             given = ", ".join(sorted(self.tower.inputs)) or "nothing"
             raise ExportError(f"{path} takes {given}, not {IMAGES}.", EXPORT_HINT)
-        self.rest = open_rest(bundle.path, bundle.manifest.context)
+        self.rest = open_rest(bundle.path, bundle.manifest.context, exact=exact)
 
     def encode_image(self, pixels: Array) -> Array:
         """Pixels [1,3,R,R] -> [1,N,D]."""

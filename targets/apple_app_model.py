@@ -2,8 +2,9 @@
 
 It is how parity sees the weights that the app will see: read back from the files, unpacked as MLX
 documents it (w = q * scale + bias, the first value of a word in its lowest bits), and refused where
-the app's loader would refuse them. Sums are float32; MLX's own rounding is not imitated. Positions
-are rotated by tables of the norm's type, as in the exported programs: they are not in the files.
+the app's loader would refuse them. Sums are float32; of MLX's own rounding only that of embeddings
+is there: they enter the model in the type of the table's scales. Positions are rotated by tables
+of the norm's type, as in the exported programs: they are not in the files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,10 +36,11 @@ class _App(nn.Module):
         self.projector = projector(features, config.hidden_size, 2)
 
 
-def open_rest(folder: Path, context: int) -> TorchSession:
+def open_rest(folder: Path, context: int, *, exact: bool = False) -> TorchSession:
     """Projector and language model of a folder; `encode_image` takes features [1,N,features].
 
-    Raises one ExportError for all that is damaged, missing, too much or of another shape.
+    `exact`: embeddings are not rounded either. Raises one ExportError for all that is damaged,
+    missing, too much or of another shape.
     """
     problems: list[str] = []
     config = read_json(folder / "config.json", problems)
@@ -51,9 +53,15 @@ def open_rest(folder: Path, context: int) -> TorchSession:
     weights = _unpacked(model, stored.tensors, config.section("quantization"), problems)
     if problems:
         raise _damaged(folder, problems)
-    norm = stored.tensors["language_model.model.norm.weight"].dtype
     model.load_state_dict(weights, assign=True)
-    return _session(model.eval().requires_grad_(False), context, norm)
+    table = f"{_app_name('decoder.embed_tokens')}."
+    types = {name: value.dtype for name, value in stored.tensors.items()}
+    return _session(
+        model.eval().requires_grad_(False),
+        context,
+        norm=types[_app_name("decoder.norm.weight")],
+        embeds=torch.float32 if exact else types.get(f"{table}scales", types[f"{table}weight"]),
+    )
 
 
 def _damaged(folder: Path, problems: list[str]) -> ExportError:
@@ -174,14 +182,15 @@ def unpack(words: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
     return out.flatten(1)
 
 
-def _session(model: _App, context: int, norm: torch.dtype) -> TorchSession:
+def _session(model: _App, context: int, *, norm: torch.dtype, embeds: torch.dtype) -> TorchSession:
+    """`norm`: the type of the rotary tables; `embeds`: what embeddings are rounded to."""
     decoder = CacheInputsDecoder(model.decoder, context).eval()
     decoder.cos, decoder.sin = decoder.cos.to(norm).float(), decoder.sin.to(norm).float()
-    last = model.decoder.config.vocab_size - 1
+    table, last = model.decoder.embed_tokens, model.decoder.config.vocab_size - 1
     return TorchSession(
         {
             "vision": lambda features: (model.projector(features),),
-            "embedding": lambda ids: (model.decoder.embed_tokens(ids.clamp(max=last)),),
+            "embedding": lambda ids: (table(ids.clamp(max=last)).to(embeds).float(),),
             "decoder": decoder,
         },
         model.decoder.config,

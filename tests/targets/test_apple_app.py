@@ -80,10 +80,12 @@ class App:
     def config(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "config.json").read_text()))
 
-    def session(self, folder: Path | None = None) -> apple_app.AppleAppSession:
+    def session(
+        self, folder: Path | None = None, *, exact: bool = True
+    ) -> apple_app.AppleAppSession:
         tower = Tower(features(self.spec))
         bundle = bundle_of(folder or self.folder, CONTEXT)
-        return apple_app.AppleAppSession(bundle, lambda package, function: tower)
+        return apple_app.AppleAppSession(bundle, lambda package, function: tower, exact=exact)
 
     def reference(self) -> ProgramSession:
         return ProgramSession(self.programs, self.spec.decoder, CONTEXT, exact=True)
@@ -151,6 +153,12 @@ def assert_same(app: App, session: apple_app.AppleAppSession) -> None:
 
 def test_the_language_model_read_back_is_the_recipes(app: App) -> None:
     assert_same(app, app.session())
+
+
+def test_embeddings_are_rounded_as_the_recipe_stores_them(app: App) -> None:
+    reference = ProgramSession(app.programs, app.spec.decoder, CONTEXT)
+    found = app.session(exact=False).embed(TOKENS)
+    assert worst(found, reference.embed(TOKENS)) <= 1e-6
 
 
 def test_features_go_through_the_stored_projector(app: App) -> None:
