@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -33,52 +32,18 @@ from fastvlm_export.targets.coreml_session import COMPUTE_UNITS, CoreMLSession, 
 from fastvlm_export.validate.mil import open_model
 
 from . import coreml_packages as toy
+from . import coreml_stand_ins as stand_ins
+from .coreml_stand_ins import StandInModel
 
 with quiet_import():
     import coremltools
     from coremltools.models import utils
+    from coremltools.models.compute_plan import MLComputePlan
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     return toy.write_bundle(tmp_path_factory.mktemp("coreml") / "bundle")
-
-
-class StandInState:
-    def __init__(self, value):
-        self.value = value
-
-
-class StandInModel:
-    """CompiledMLModel, as particular about types as the real one."""
-
-    opened: ClassVar[list] = []
-
-    def __init__(
-        self,
-        path,
-        compute_units=coremltools.ComputeUnit.ALL,
-        function_name=None,
-        optimization_hints=None,
-        asset=None,
-    ):
-        assert isinstance(path, str)
-        assert isinstance(compute_units, coremltools.ComputeUnit)
-        package = next(Path(path).glob("*.mlpackage"), None)
-        if not path.endswith(".mlmodelc") or package is None:
-            raise RuntimeError(f"Error reading {path}")
-        self.opened.append((package.name, function_name, compute_units.name))
-        self.model = open_model(package, function_name or MAIN)
-
-    def predict(self, data, state=None):
-        assert type(data) is dict
-        assert state is None or isinstance(state, StandInState)
-        if set(data) != set(self.model.inputs):
-            raise RuntimeError("Error computing NN outputs.")
-        return self.model.predict(data, state.value if state else None)
-
-    def make_state(self):
-        return StandInState(self.model.make_state())
 
 
 @pytest.fixture
@@ -87,23 +52,14 @@ def mac(monkeypatch, tmp_path):
     compiled = []
 
     def compile_model(model, destination_path=None):
-        assert isinstance(model, str)
-        assert destination_path.endswith(".mlmodelc")
-        assert not Path(destination_path).exists()
-        shutil.copytree(model, Path(destination_path) / Path(model).name)
         compiled.append(Path(model).name)
-        return destination_path
+        return stand_ins.compile_model(model, destination_path)
 
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    stand_ins.install(monkeypatch.setattr)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(utils, "compile_model", compile_model)
-    monkeypatch.setattr(coremltools.models, "CompiledMLModel", StandInModel)
     monkeypatch.setattr(StandInModel, "opened", [])
     return compiled
-
-
-REAL = coremltools.models.CompiledMLModel
 
 
 def parameters(function):
@@ -112,15 +68,20 @@ def parameters(function):
     ]
 
 
-def test_the_stand_ins_have_the_signatures_of_the_real_thing(mac):
-    for name in ("__init__", "predict", "make_state"):
-        assert parameters(getattr(StandInModel, name)) == parameters(getattr(REAL, name)), name
-
-
-def test_the_compilers_stand_in_has_its_signature(monkeypatch, request):
-    real = parameters(utils.compile_model)
-    request.getfixturevalue("mac")
-    assert parameters(utils.compile_model) == real
+@pytest.mark.parametrize(
+    ("real", "stand_in"),
+    [
+        *(
+            (getattr(coremltools.models.CompiledMLModel, name), getattr(StandInModel, name))
+            for name in ("__init__", "predict", "make_state")
+        ),
+        (utils.compile_model, stand_ins.compile_model),
+        (MLComputePlan.load_from_path, stand_ins.load_from_path),
+    ],
+    ids=lambda function: function.__qualname__,
+)
+def test_the_stand_ins_have_the_signatures_of_the_real_thing(real, stand_in):
+    assert parameters(stand_in) == parameters(real)
 
 
 def test_a_session_in_core_ml_answers_as_in_the_interpreter(bundle, mac):
