@@ -174,8 +174,13 @@ def test_a_bundle_of_other_weights_fails_the_gate(bundle: Path, run: Run) -> Non
 
 
 def test_targets_and_inspect_speak_json(run: Run) -> None:
-    (row,) = json.loads(run("targets", "--json").out)
-    assert (row["target"], row["recipes"]) == ("onnx", ["fp32", "fp16", "int8", "int4"])
+    rows = {row["target"]: row for row in json.loads(run("targets", "--json").out)}
+    built_in = ["fp32", "fp16", "int8", "int4"]
+    assert rows["onnx"]["recipes"] == built_in
+    assert rows["onnx"]["runtime"] == "ONNX Runtime"
+    assert rows["coreml"]["recipes"] == [*built_in, "lut4", "lut6"]
+    if not rows["coreml"]["run"] and rows["coreml"]["lower"]:
+        assert rows["coreml"]["runtime"] == "MIL reference interpreter"
     facts = json.loads(run("inspect", BUNDLED_FOLDER, "--json").out)
     assert (facts["tower_form"], facts["resolution"], facts["image_tokens"]) == ("train", 256, 16)
     assert facts["tied"] is True
@@ -204,6 +209,9 @@ def bad(result: Result, *words: str) -> None:
         (["--context", "20"], "112"),
         (["--context", "99999"], "2048"),
         (["--image", "/no/such.png"], "such.png"),
+        (["--layout", "apple-app"], "--layout apple-app"),
+        (["--target", "coreml", "--layout", "mine"], "--layout mine"),
+        (["--target", "coreml", "--deployment-target", "iOS9"], "--deployment-target iOS9"),
     ],
 )
 def test_a_wrong_request_is_one_clear_error(

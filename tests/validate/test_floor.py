@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from fastvlm_export.quantize.recipes import RECIPES, Activations, Precision, Recipe
+from fastvlm_export.quantize.recipes import RECIPES, Activations, Float, Precision, Recipe
 from fastvlm_export.validate.floor import has_floor, rounding_floor, widened
 from fastvlm_export.validate.limits import FLOAT32, INTEGER_ACTIVATIONS, Limits
 from fastvlm_export.validate.recording import record
@@ -26,6 +26,29 @@ def test_a_float_model_has_a_floor_of_float_rounding_and_keeps_its_limits():
     assert found.worst[1].value > 0  # the input was moved indeed
     opened = widened(FLOAT32, found)
     assert opened == FLOAT32
+
+
+@pytest.mark.parametrize(("half", "size"), [(Float.FP32, 2e-7), (Float.FP16, 2.0**-11)])
+def test_inputs_move_by_one_rounding_of_the_floats_in_between(half, size):
+    seen = []
+
+    class Watched(Altered):
+        def encode_image(self, pixels):
+            seen.append(pixels)
+            return super().encode_image(pixels)
+
+    floor_of(Watched(tiny_session()), ("a",), replace(RECIPES["int8"], float_format=half))
+    still, moved = seen[:2]
+    assert np.std((moved / np.where(still > 0, still, 1) - 1)[still > 0]) == pytest.approx(
+        size, rel=0.2
+    )
+
+
+def test_a_half_precision_model_has_a_floor_of_its_rounding():
+    found = floor_of(tiny_session(), recipe=replace(RECIPES["int8"], float_format=Float.FP16))
+    opened = widened(FLOAT32, found)
+    for name in ("features", "features_rms", "features_noise", "logits", "logits_rms"):
+        assert 1e-4 < getattr(opened, name) < 2e-2
 
 
 def test_a_model_that_rounding_moves_opens_its_limits_by_twice_as_much():

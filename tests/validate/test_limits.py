@@ -18,6 +18,7 @@ from fastvlm_export.validate.limits import (
     INTEGER_ACTIVATIONS,
     INTEGER_WEIGHTS,
     Limits,
+    exact_limits,
     limits_for,
 )
 from fastvlm_export.validate.parity import Stage
@@ -52,6 +53,7 @@ def test_weight_only_integers_are_as_strict_as_float32_but_for_the_table():
 def test_a_rounded_decoder_does_not_loosen_the_tower():
     found = limits_for(Recipe(name="decoder only", decoder=DYNAMIC, head=DYNAMIC))
     assert (found.features, found.features_rms, found.cosine) == (1e-4, 1e-4, 1e-7)
+    assert found.features_noise == FLOAT32.features_noise
     assert found.logits == INTEGER_ACTIVATIONS.logits
     assert found.answers == INTEGER_ACTIVATIONS.answers
 
@@ -86,6 +88,20 @@ def test_float16_under_integers_takes_the_looser_of_each():
         assert getattr(found, field.name) == max(kinds)
     weights = limits_for(Recipe(name="w4f16", float_format=Float.FP16, decoder=WEIGHTS))
     assert weights == FLOAT16
+
+
+@pytest.mark.parametrize(("recipe", "decibels"), [("fp32", 80), ("fp16", 50), ("lut4", 50)])
+def test_features_have_a_least_psnr(recipe, decibels):
+    """Tables of weights are computed in float16 and round no activations."""
+    found = limits_for(RECIPES[recipe]).features_noise
+    assert -20 * np.log10(found) == pytest.approx(decibels)
+
+
+def test_without_rounding_every_recipe_is_held_to_float32():
+    for recipe in RECIPES.values():
+        found = exact_limits(recipe)
+        assert replace(found, embeddings=0.0) == FLOAT32
+        assert found.embeddings == (INTEGER_WEIGHTS.embeddings if recipe.embedding.bits else 0.0)
 
 
 def test_every_kind_is_at_least_as_loose_as_float32_and_no_limit_is_open():
