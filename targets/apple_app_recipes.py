@@ -10,6 +10,7 @@ from dataclasses import replace
 from ..quantize.recipe_file import PER_CHANNEL
 from ..quantize.recipes import Activations, LayerRule, Method, Part, Precision, Recipe, Setting
 from ..quantize.toml_file import shown
+from . import coreml_recipes
 
 GROUP_SIZES = (128, 64, 32)
 """Weights that share a scale in MLX, the fewest scales first. Larger groups of ours repeat one."""
@@ -47,11 +48,12 @@ def _like(decoder: Precision, table: Precision) -> Precision:
 
 
 def problems(recipe: Recipe, layers: Mapping[str, int] | None = None) -> list[str]:
-    """Every reason why MLX's half of this layout cannot express the recipe.
+    """Every reason why this layout cannot express the recipe: Core ML the tower, MLX the rest.
 
-    `layers`: layer name -> input width, where the model is known. The tower is Core ML's to judge.
+    `layers`: layer name -> input width, where the model is known.
     """
-    found = [
+    found = coreml_recipes.problems(_tower(recipe), layers)
+    found += [
         line
         for setting in recipe.settings
         if any(part in _LANGUAGE for part in setting.parts)
@@ -60,6 +62,16 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None = None) -> list[st
     for setting in dict.fromkeys(recipe.setting(layer) for layer in PROJECTOR):
         found += _setting_problems(setting, " for the projector")
     return [*dict.fromkeys(found), *_width_problems(recipe, layers or {})]
+
+
+def _tower(recipe: Recipe) -> Recipe:
+    """The recipe with everything float that the package does not hold."""
+    rules = (
+        rule
+        for rule, setting in zip(recipe.layers, recipe.settings[len(Part) :], strict=True)
+        if Part.VISION in setting.parts
+    )
+    return replace(recipe, embedding=_FLOAT, decoder=_FLOAT, head=_FLOAT, layers=tuple(rules))
 
 
 def _line(key: str, value: object, can: str) -> str:

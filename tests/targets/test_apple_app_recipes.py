@@ -66,7 +66,10 @@ def test_the_language_model_has_one_bit_width(name: str, bits: int | None) -> No
             Recipe(
                 name="x",
                 layers=(
-                    LayerRule(pattern="*.up_proj", precision=Precision(bits=4, group_size=48)),
+                    LayerRule(
+                        pattern="decoder.layers.*.up_proj",
+                        precision=Precision(bits=4, group_size=48),
+                    ),
                 ),
             ),
             "group_size is 48",
@@ -77,6 +80,17 @@ def test_what_mlx_cannot_store_or_compute_is_named(recipe: Recipe, line: str) ->
     (found,) = apple_app.problems(recipe)
     assert line in found
     assert "'apple-app'" in found
+
+
+def test_the_tower_is_core_ml_s_to_judge() -> None:
+    """Its tower has one scale per channel; its embedding package, too, which is not here."""
+    kept = LayerRule(pattern="projector.*", precision=FLOAT)
+    groups = Precision(bits=4, group_size=32)
+    table = Recipe(name="x", embedding=groups, decoder=groups, head=groups)
+    assert coreml_recipes.problems(table, None)
+    assert apple_app.problems(table) == []
+    (found,) = apple_app.problems(Recipe(name="x", vision=Precision(bits=4), layers=(kept,)))
+    assert "vision.bits is 4: target 'coreml'" in found
 
 
 def test_a_static_tower_around_a_float_projector_is_fine() -> None:
