@@ -117,12 +117,13 @@ def variants(
     In the order of the network. `shown` are calibration images [1,3,R,R]. A reparameterized model;
     it is not changed, and the variants share its biases.
     """
-    found: dict[str, nn.Module] = {}
-    names = layer_names(model)
-    rest = without(recipe)
+    names, rest = layer_names(model), without(recipe)
+    changed = same_weights(model)  # static ranges are taken behind lookup tables, as by `quantize`
+    records = palettize(changed, recipe, say)
+    found = {record.layer: changed.get_submodule(record.layer) for record in records}
     if any(rest.precision(name).bits for name in names if _is_vision(name)):
         built = graphs.build(
-            model,
+            changed,
             resolution=spec.preprocessing.resolution,
             context=spec.context,
             image_token_id=spec.image_token_id,
@@ -134,7 +135,7 @@ def variants(
     sequences = decoder_inputs(model, shown, spec, say) if calibrated else []
     decoder = same_weights(model.decoder)
     quantize_decoder(decoder, rest, sequences, say)
-    found |= _decoder(decoder) | _palettized(model, recipe, say)
+    found |= _decoder(decoder)
     return {name: found[name] for name in names if name in found}
 
 
@@ -148,12 +149,6 @@ def _decoder(decoder: Decoder) -> dict[str, nn.Module]:
         for name, module in decoder.named_modules()
         if isinstance(module, QuantizedLinear | QuantizedEmbedding)
     }
-
-
-def _palettized(model: FastVLM, recipe: Recipe, say: Say) -> dict[str, nn.Module]:
-    changed = same_weights(model)
-    records = palettize(changed, recipe, say)
-    return {record.layer: changed.get_submodule(record.layer) for record in records}
 
 
 def _vision(model: FastVLM, program: ExportedProgram) -> dict[str, nn.Module]:

@@ -91,7 +91,8 @@ def stored_size(model: FastVLM, layer: str, precision: Precision) -> int:
         return size + 4 * rows * width
     if precision.palettized:
         tables = rows // (precision.group_size or rows)
-        return size + 4 * tables * 2**precision.bits + math.ceil(rows * width * precision.bits / 8)
+        entries = 1 << precision.bits
+        return size + 4 * tables * entries + math.ceil(rows * width * precision.bits / 8)
     groups = rows * (width // (precision.group_size or width))
     zero_points = 0 if precision.symmetric else groups * precision.bits
     return size + 4 * groups + math.ceil((rows * width * precision.bits + zero_points) / 8)

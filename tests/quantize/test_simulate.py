@@ -45,14 +45,33 @@ MIXED = Recipe(
 )
 
 
+SIX = Precision(bits=6, method=Method.PALETTE)
+FOUR = Precision(bits=4, group_size=8, method=Method.PALETTE)
+TABLES = Recipe(
+    name="tables",
+    vision=Precision(bits=8, activations=Activations.STATIC),
+    embedding=SIX,
+    decoder=FOUR,
+    head=SIX,
+    layers=(
+        LayerRule(pattern="vision_tower.network.0.*", precision=FOUR),
+        LayerRule(pattern="decoder.layers.1.*", precision=Precision(bits=8)),
+    ),
+)
+
+
 @pytest.fixture(scope="module")
 def tied() -> Simulation:
     return simulation(RECIPES["int4"], tied=True)
 
 
-@pytest.fixture(scope="module", params=["int4, tied", "mixed, untied"])
+@pytest.fixture(scope="module", params=["int4, tied", "mixed, untied", "tables, tied"])
 def any_simulation(request: pytest.FixtureRequest, tied: Simulation) -> Iterator[Simulation]:
-    yield tied if request.param == "int4, tied" else simulation(MIXED, tied=False)
+    if request.param == "int4, tied":
+        yield tied
+    else:
+        recipe = MIXED if request.param == "mixed, untied" else TABLES
+        yield simulation(recipe, tied=recipe is TABLES)
 
 
 def state(model: FastVLM) -> dict[str, tuple[int, bytes]]:

@@ -61,6 +61,9 @@ def test_recipes_in_words():
     assert facts["vision"].startswith("8-bit weights per channel")
     assert facts["static ranges"] == "minmax"
     assert facts["embedding"] == "8-bit weights per channel, symmetric, rtn"
+    facts = quantized.recipe_facts(RECIPES["lut4"])
+    assert facts["vision"] == "6-bit indices, one lookup table for each layer"
+    assert facts["decoder"] == "4-bit indices, one lookup table for each 16 channels"
     rule = LayerRule(
         pattern="*.fc1",
         precision=Precision(bits=4, group_size=16, symmetric=False, activations=Activations.STATIC),

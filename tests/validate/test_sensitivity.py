@@ -18,6 +18,7 @@ from fastvlm_export.quantize.recipes import (
     RECIPES,
     Activations,
     LayerRule,
+    Method,
     Part,
     Precision,
     Recipe,
@@ -177,6 +178,13 @@ def test_sizes_are_those_of_the_modules(planted: Simulation, options: Options) -
     table = stored_size(planted.model, HEAD, asymmetric)
     rows, width = planted.model.decoder.embed_tokens.weight.shape
     assert table == rows * (width // 2) + rows * (width // 32) * 4 + rows * (width // 32) // 2
+    tables = Precision(bits=6, group_size=16, method=Method.PALETTE)
+    layer = "decoder.layers.0.mlp.up_proj"
+    rows, width = planted.model.get_submodule(layer).weight.shape
+    assert stored_size(planted.model, layer, tables) == rows * width * 6 // 8 + rows // 16 * 64 * 4
+    whole = dataclasses.replace(tables, group_size=None)
+    assert stored_size(planted.model, layer, whole) == rows * width * 6 // 8 + 64 * 4
+    assert next_precision(tables) == dataclasses.replace(whole, bits=8)
 
 
 def part_is_vision(name: str) -> bool:
