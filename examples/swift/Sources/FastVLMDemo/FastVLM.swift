@@ -42,7 +42,7 @@ final class FastVLM {
 
     /// Token ids [1,S] -> embeddings [1,S,D].
     func embed(_ ids: [Int]) throws -> [Float] {
-        let input = MLShapedArray<Int32>(scalars: ids.map(Int32.init), shape: [1, ids.count])
+        let input = MLShapedArray<Int32>(scalars: ids.map { Int32($0) }, shape: [1, ids.count])
         let outputs = try embedding.prediction(from: inputs(["input_ids": MLMultiArray(input)]))
         return try output("inputs_embeds", of: outputs)
     }
