@@ -15,9 +15,10 @@ In the ExportedProgram, static layers read and write (all `quantized_decomposed`
 Then the float operator (`aten.conv2d.default`, `aten.linear.default`) itself. A weight-only layer
 has only its weight's `dequantize_per_channel`. No constant is quantized at run time.
 
-Under float16 every scale is a number that float16 has, unless it cannot hold it (`in_half`), all
+Under float16 the activations' scales are numbers that float16 has, unless it cannot hold them, all
 biases are plain float, and the dequantize operators say in `out_dtype` what they make, for
 `half.to_half` to change: runtimes that compute in float16 have scales in float16 and take no int32.
+The weights' integers are those of float32.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from torch.fx import GraphModule, Node
 from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph, export_program
 from .quiet import quiet_import
-from .ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, QUANTIZE, in_half
+from .ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, QUANTIZE, survives_half
 from .recipes import Activations, Float, Method, Observer, Precision, Recipe
 
 with quiet_import():
@@ -129,7 +130,7 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
             # In this order: torchao derives each only from those before it.
             specs: dict[Node, Any] = {x: self.activation} if layer.static else {}
             edges = [(node, layer.node) for node in specs]
-            scales = partial(_weight_scale, weights, biases, layer.largest, self.half)
+            scales = partial(_weight_scale, weights, biases, layer.largest)
             specs[weight] = _derived(scales, edges, layer.largest)
             if biased is not None:
                 edges = [*edges, (weight, layer.node)]
@@ -177,20 +178,17 @@ def _derived(
 
 
 def _weight_scale(
-    weight: Tensor, bias: Tensor | None, largest: int, half: bool, observers: list[Any]
+    weight: Tensor, bias: Tensor | None, largest: int, observers: list[Any]
 ) -> tuple[Tensor, Tensor]:
     """s_w[c] = max|w[c]| / `largest`, and |b[c]| / (s_x s_w[c]) at most LARGEST_BIAS.
 
-    The second part matters for channels whose weights are next to nothing beside their bias. With
-    `half` rounded to float16, where that holds it: before integers are chosen for it.
+    The second part matters for channels whose weights are next to nothing beside their bias.
     """
     scale = weight.abs().flatten(1).amax(1) / largest
     if bias is not None:
         input_scale = observers[0].calculate_qparams()[0]
         scale = torch.maximum(scale, bias.abs() / (input_scale * LARGEST_BIAS))
     scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
-    if half:
-        scale = in_half(scale)
     return scale, torch.zeros_like(scale, dtype=torch.int64)
 
 
@@ -336,11 +334,13 @@ def _name_constants(model: GraphModule) -> None:
 
 
 def _fit_half(model: GraphModule) -> None:
-    """Round the activations' scales as `in_half`, and name the type that is dequantized to."""
+    """Round the activations' scales to float16, and name the type that is dequantized to."""
     for node in model.graph.nodes:
         if str(node.target) in (QUANTIZE, DEQUANTIZE_TENSOR):
             x, scale, *rest = node.args
-            node.args = (x, float(in_half(torch.tensor(scale, dtype=torch.float32))), *rest)
+            exact = torch.tensor(scale, dtype=torch.float32)
+            if survives_half(exact):
+                node.args = (x, float(exact.half()), *rest)
         if str(node.target) in (DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT):
             node.kwargs = {**node.kwargs, "out_dtype": torch.float32}
     model.recompile()

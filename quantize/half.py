@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,9 @@ def _traceable(graph: Graph) -> Graph:
         name: value.half() if value.is_floating_point() else value
         for name, value in graph.inputs.items()
     }
-    module = copy.deepcopy(graph.module, memo)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
+        module = copy.deepcopy(graph.module, memo)
     if isinstance(module, GraphModule):
         for node in module.graph.nodes:  # `activations.integer_vision`'s, which names the type
             if node.kwargs.get("out_dtype") is torch.float32:
@@ -166,7 +169,7 @@ def _names_to_keep(wide: ExportedProgram, ranges: Sequence[OpRange], limit: floa
 
 
 def _scale_is_lost(node: Node) -> bool:
-    """Whether the operator has an activation's scale that `in_half` had to leave as it is."""
+    """Whether the operator has an activation's scale that is no number of fp16."""
     if str(node.target) not in (QUANTIZE, DEQUANTIZE_TENSOR):
         return False
     scale = float(node.args[1])  # type: ignore[arg-type]

@@ -22,8 +22,6 @@ QUANTIZED_LINEAR = "fastvlm.quantized_linear.default"
 WEIGHT_ERROR = 2.0**-8
 """Most that fp16 may change a tensor, relative and as norms: half of what int8 usually does."""
 
-SMALLEST = 2.0**-24  # of fp16's subnormal numbers
-
 Inputs = tuple[Tensor, ...]
 """One call's tensors, in the order of the program's own inputs."""
 
@@ -63,7 +61,7 @@ def scan(
         OpRange(
             node=node.name,
             op=_operator(node),
-            layer=layer_of(node),
+            layer=_layer(node),
             entering=larger(scanner.magnitudes[n.name] for n in node.all_input_nodes),
             leaving=larger((scanner.magnitudes[node.name], scanner.inside[node.name])),
         )
@@ -84,14 +82,6 @@ def survives_half(tensor: Tensor) -> bool:
     return bool(error <= WEIGHT_ERROR * size)
 
 
-def in_half(scale: Tensor) -> Tensor:
-    """Positive scales rounded to numbers that fp16 has, or as they are if they do not survive it.
-
-    Never to 0, which nothing can be divided by.
-    """
-    return scale.half().float().clamp(min=SMALLEST) if survives_half(scale) else scale
-
-
 def lifted(program: ExportedProgram) -> list[Tensor]:
     """Parameters, buffers and constants, in the order of the graph's first placeholders."""
     values: dict[str | None, Any] = {**program.constants, **program.state_dict}
@@ -106,6 +96,14 @@ def layer_of(node: Node) -> str:
     """The innermost module's name, e.g. `vision_tower.network.2.0.convffn.fc1`, or ""."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return "" if not stack or stack[-1][0].startswith("_") else str(stack[-1][0])
+
+
+def _layer(node: Node) -> str:
+    """`layer_of`; what PT2E inserted belongs to no module, so to the layer around it."""
+    around: tuple[Node, ...] = (node,)
+    if str(node.target) in (QUANTIZE, DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT):
+        around = (*node.all_input_nodes, *node.users)
+    return next((name for name in map(layer_of, around) if name), "")
 
 
 def _operator(node: Node) -> str:

@@ -61,7 +61,7 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized):
     """`fastvlm::quantized_linear` with its weights: x [...,K] -> [...,N].
 
-    Buffers: weight int8 [N,K], scale float32 [N,G], zero_point int8 [N,G] or None, bias float32 [N]
+    Buffers: weight int8 [N,K], scale float [N,G], zero_point int8 [N,G] or None, bias float [N]
     or None. `activation_group` is the operator's.
     """
 
@@ -89,7 +89,7 @@ class QuantizedLinear(_Quantized):
 class QuantizedEmbedding(_Quantized):
     """`fastvlm::quantized_embedding` with its table: ids [B,S] -> [B,S,D].
 
-    Buffers: weight int8 [V,D], scale float32 [V,G], zero_point int8 [V,G] or None.
+    Buffers: weight int8 [V,D], scale float [V,G], zero_point int8 [V,G] or None.
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
