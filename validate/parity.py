@@ -286,6 +286,8 @@ class _Comparison:
             "mean KL": self.limits.mean_kl,
             "top-1 differs": self.limits.tokens,
         }
+        if stage is Stage.FIRST_TOKEN:
+            del limits["mean KL"]  # of one position it is the worst
         rows = [row for row in ours if not isinstance(row, _Absent)]
         flaw = "no position was compared" if not ours else ""
         for position, (their, our) in enumerate(zip(theirs, ours, strict=True), start):
@@ -301,7 +303,7 @@ class _Comparison:
             max(metrics.relative(t, o) for t, o in pairs),
             max(metrics.relative_rms(t, o) for t, o in pairs),
             float(kl.max()),
-            float(kl.mean()),
+            *([float(kl.mean())] if "mean KL" in limits else []),
             float(self._disagreements(stage, scope, theirs, stacked, start)),
         )
         numbers = _numbers(theirs, stacked) | {
