@@ -1,6 +1,6 @@
 """Run a function of a package, operation by operation, in PyTorch on the CPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ class Interpreter:
             slots[ref.slot] = state[name]
         with torch.inference_mode():
             # The first run checks every shape; later ones repeat its operations.
-            run = _run if self._is_checked else _run_checked
-            run(self._program, slots)
+            _run(self._program, slots, check=not self._is_checked)
             self._is_checked = True
         return {
             name: self._array(slots[self._program.outputs[name].slot], feature)
@@ -121,42 +120,26 @@ def _check_names(
             raise damaged(package.model_path, f"describes {name!r} as {feature.shape}, not {shape}")
 
 
-def _run(program: Program, slots: list[Any]) -> None:
-    at = 0
-    try:
-        for at, step in enumerate(program.steps):  # noqa: B007
-            _make(step, slots)
-    except _FAILURES as error:
-        raise _failure(program.steps[at], error) from error
-
-
-def _run_checked(program: Program, slots: list[Any]) -> None:
-    at = 0
-    try:
-        for at, step in enumerate(program.steps):  # noqa: B007
-            _make(step, slots, check=_check_results)
-    except _FAILURES as error:
-        raise _failure(program.steps[at], error) from error
-
-
-def _make(
-    step: Step, slots: list[Any], check: Callable[[Step, tuple[Tensor, ...]], None] | None = None
-) -> None:
-    made = step.run(*[slots[slot] for slot in step.operands])
-    results = made if isinstance(made, tuple) else (made,)
-    if check is not None:
-        check(step, results)
-    for slot, result, store in zip(step.results, results, step.stores, strict=True):
-        slots[slot] = result if store is None else store(result)
-    for slot in step.dead:
-        slots[slot] = None
-
-
 _FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def _failure(step: Step, error: Exception) -> ExportError:
-    return step.node.error(f"cannot be computed: {error}")
+def _run(program: Program, slots: list[Any], *, check: bool) -> None:
+    """Make every step. What PyTorch refuses to compute is the program's or the inputs' fault."""
+    step = None
+    try:
+        for step in program.steps:
+            made = step.run(*[slots[slot] for slot in step.operands])
+            results = made if isinstance(made, tuple) else (made,)
+            if check:
+                _check_results(step, results)
+            for slot, result, store in zip(step.results, results, step.stores, strict=True):
+                slots[slot] = result if store is None else store(result)
+            for slot in step.dead:
+                slots[slot] = None
+    except _FAILURES as error:
+        if step is None:
+            raise
+        raise step.node.error(f"cannot be computed: {error}") from error
 
 
 def _check_results(step: Step, results: tuple[Tensor, ...]) -> None:

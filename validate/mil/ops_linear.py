@@ -136,18 +136,32 @@ def _einsum(node: Node) -> Kernel:
 
 def _attention(node: Node) -> Kernel:
     """softmax(q k^T / sqrt(E) + mask) v, where a mask of truth values keeps or drops a key."""
-    mask_is_bool = node.has("attn_mask") and node.ref("attn_mask").type.dtype.name == "bool"
+    if not node.has("attn_mask"):
+        return node.kernel(functional.scaled_dot_product_attention, "query", "key", "value")
+    mask_is_bool = node.ref("attn_mask").type.dtype.name == "bool"
 
-    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        scores = torch.matmul(query, key.mT).div_(math.sqrt(query.shape[-1]))
-        if mask is not None and mask_is_bool:
-            scores = scores.masked_fill(~mask, -math.inf)
-        elif mask is not None:
-            scores = scores + mask
-        return torch.matmul(torch.softmax(scores, dim=-1), value)
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        if mask_is_bool:
+            key, value, mask = _seen(key, value, mask)
+        sees = mask.any(-1) if mask_is_bool else mask.amax(-1) > -math.inf
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        # By the formula, a row that sees no key divides 0 by 0; PyTorch makes it 0.
+        return out if bool(sees.all()) else torch.where(sees.unsqueeze(-1), out, math.nan)
 
-    operands = ["query", "key", "value", *(["attn_mask"] if node.has("attn_mask") else [])]
-    return node.kernel(run, *operands)
+    return node.kernel(run, "query", "key", "value", "attn_mask")
+
+
+def _seen(key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave out the last keys that no row sees: most of a cache that is yet to be filled.
+
+    Their weight is 0, which changes nothing unless a number there is infinite or none.
+    """
+    columns = mask.reshape(-1, mask.shape[-1]).any(0).nonzero()
+    end = int(columns[-1]) + 1 if columns.numel() else mask.shape[-1]
+    unseen = key[..., end:, :].sum() + value[..., end:, :].sum()
+    if mask.shape[-1] != key.shape[-2] or not math.isfinite(unseen):
+        return key, value, mask
+    return key[..., :end, :], value[..., :end, :], mask[..., :end]
 
 
 OPERATIONS: dict[str, Callable[[Node], Kernel]] = {

@@ -14,7 +14,7 @@ from fastvlm_export.validate.mil import Interpreter, open_model
 
 with quiet_import():
     import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - its usual name
     from coremltools.converters.mil.mil import get_new_symbol, types
 
 # coremltools collects garbage at each conversion: everything imported so far stays.

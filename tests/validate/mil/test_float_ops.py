@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .programs import mb, normal, run
+from fastvlm_export.validate.mil import open_model
 
-NAN = float("nan")
+from .programs import mb, normal, run, save
 
 
 @dataclass(frozen=True)
@@ -381,3 +381,35 @@ def test_operations_compute_their_formula(group: str, kind: str, tmp_path: Path)
             atol=1e-5,
             msg=lambda text, case=case: f"{case.name}: {text}",
         )
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_row_that_sees_no_key_is_no_number(tmp_path: Path, kind: str) -> None:
+    kept = KEPT.copy()
+    kept[1] = False
+    mask = kept if kind == "bool" else np.where(kept, 0, -np.inf).astype(np.float32)
+
+    def build(q: Any, k: Any, v: Any) -> Any:
+        return mb.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask)
+
+    (result,) = run(tmp_path, build, {"q": Q, "k": K, "v": V})
+    assert np.isnan(result[:, :, 1]).all() and not np.isnan(result[:, :, [0, 2, 3]]).any()
+
+
+def test_keys_that_nobody_sees_count_only_where_they_are_infinite(tmp_path: Path) -> None:
+    """0 times infinity is no number on a device, so it must not be here."""
+    kept = KEPT.copy()
+    kept[:, 4:] = False
+
+    def build(q: Any, k: Any, v: Any) -> Any:
+        return mb.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=kept)
+
+    model = open_model(save(tmp_path, build, {"q": Q, "k": K, "v": V}), "main")
+    (result,) = model.predict({"q": Q, "k": K, "v": V}).values()
+    mask = torch.where(torch.from_numpy(kept), 0.0, -torch.inf)
+    expected = attention(*map(torch.from_numpy, (Q, K, V)), mask)
+    torch.testing.assert_close(torch.from_numpy(result), expected)
+    broken = V.copy()
+    broken[:, :, 5] = np.inf
+    (result,) = model.predict({"q": Q, "k": K, "v": broken}).values()
+    assert np.isnan(result).all()
