@@ -166,7 +166,9 @@ def save(items: Iterable[tuple[str, Tensor]], out: Path, shard: int = SHARD) -> 
     def write() -> None:
         files.append(list(held))
         sizes.append(sum(x.nbytes for x in held.values()))
-        save_file(held, out / _numbered(len(files), 0), metadata={"format": "mlx"})
+        path = out / _numbered(len(files), 0)
+        save_file(held, path, metadata={"format": "mlx"})
+        path.chmod(0o644)  # it is made for its owner's eyes only, unlike the files beside it
         held.clear()
 
     for name, tensor in items:

@@ -242,6 +242,11 @@ def test_only_integers_are_announced_as_quantized(app: App) -> None:
         assert file.metadata() == {"format": "mlx"}
 
 
+def test_all_files_can_be_read_by_whoever_reads_one(app: App) -> None:
+    files = [path for path in app.folder.iterdir() if path.is_file()]
+    assert {path.stat().st_mode & 0o444 for path in files} == {0o444}
+
+
 def test_the_processor_is_the_one_that_the_app_registers(app: App) -> None:
     found = json.loads((app.folder / "preprocessor_config.json").read_text())
     assert found["processor_class"] == "LlavaProcessor"
