@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..exporter.bundle import Bundle
 from ..exporter.spec import ExportSpec
-from ..quantize.recipes import Recipe
+from ..quantize.recipes import RECIPES, Recipe
 from . import apple_app, apple_app_recipes, coreml_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session
 
@@ -67,7 +67,7 @@ def option_problems(options: Options) -> list[str]:
 def adapt(recipe: Recipe, options: Options = DEFAULTS) -> Recipe:
     """The recipe as Core ML computes it, and where the app's layout is asked for, as MLX does."""
     adapted = coreml_recipes.adapt(recipe)
-    if options.layout == apple_app.LAYOUT and adapted != recipe:
+    if options.layout == apple_app.LAYOUT and recipe == RECIPES.get(recipe.name):
         return apple_app_recipes.adapt(adapted)
     return adapted
 
@@ -79,12 +79,9 @@ def problems(
     tied: bool = False,
     options: Options = DEFAULTS,
 ) -> list[str]:
-    """Every reason why Core ML, or the app's layout, cannot express the recipe."""
-    adapted = adapt(recipe, options)
-    found = coreml_recipes.problems(adapted, layers)
-    if options.layout == apple_app.LAYOUT:
-        found += apple_app_recipes.problems(adapted, layers)
-    return found
+    """Every reason why Core ML, or the app's layout, cannot express an adapted recipe."""
+    judge = apple_app_recipes if options.layout == apple_app.LAYOUT else coreml_recipes
+    return judge.problems(recipe, layers)
 
 
 def lower(

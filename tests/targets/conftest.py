@@ -112,12 +112,12 @@ def lively_model(vocab_size: int, *, tied: bool, seed: int = 0) -> FastVLM:
     return model
 
 
-def make_small(folder: Path, *, tied: bool, recipe: Recipe = RECIPES["fp32"]) -> Small:
+def make_spec(model: FastVLM) -> ExportSpec:
+    """Its contract, with the byte tokenizer."""
     tokenizer = byte_tokenizer()
-    model = lively_model(tokenizer.vocab_size, tied=tied)
     end = tokenizer.token_to_id("<|im_end|>")
     assert end is not None
-    spec = ExportSpec(
+    return ExportSpec(
         decoder=model.config.decoder,
         features=model.config.tower.features,
         projector_layers=model.config.projector_layers,
@@ -128,7 +128,11 @@ def make_small(folder: Path, *, tied: bool, recipe: Recipe = RECIPES["fp32"]) ->
         image_token_id=tokenizer.vocab_size,
         eos_token_ids=(end,),
     )
-    return export(model, spec, folder, recipe)
+
+
+def make_small(folder: Path, *, tied: bool, recipe: Recipe = RECIPES["fp32"]) -> Small:
+    model = lively_model(byte_tokenizer().vocab_size, tied=tied)
+    return export(model, make_spec(model), folder, recipe)
 
 
 def export(model: FastVLM, spec: ExportSpec, folder: Path, recipe: Recipe) -> Small:
