@@ -40,7 +40,8 @@ Images = Annotated[
     typer.Option("--image", help="Also prove it on this image; repeat for more."),
 ]
 Recipe = Annotated[
-    str, typer.Option(help="How numbers are stored: fp32, fp16, int8, int4, or a TOML file.")
+    str,
+    typer.Option(help="How numbers are stored: fp32, fp16, int8, int4, lut4, lut6 or a TOML file."),
 ]
 Calibration = Annotated[
     Path | None,
