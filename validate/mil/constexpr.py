@@ -26,7 +26,8 @@ def _made(
     keys = tuple((name, node.constant(name).key) for name in parameters if node.has(name))
 
     def checked() -> Tensor:
-        tensor = make()
+        with node.blamed("cannot be expanded"):
+            tensor = make()
         if not type_.fits(tuple(tensor.shape)):
             raise node.error(f"makes {list(tensor.shape)}, declared {list(type_.shape)}")
         return round_half(tensor) if rounds else tensor.to(type_.dtype.torch)

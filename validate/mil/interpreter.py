@@ -12,7 +12,7 @@ from torch import Tensor
 from ...exporter.errors import ExportError
 from .errors import EXPORT_AGAIN, damaged
 from .interface import Feature, checked_inputs, read_interface
-from .node import Ref
+from .node import FAILURES, Ref
 from .package import Package, open_package
 from .program import Program, Step, compile_function
 
@@ -120,9 +120,6 @@ def _check_names(
             raise damaged(package.model_path, f"describes {name!r} as {feature.shape}, not {shape}")
 
 
-_FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-
-
 def _run(program: Program, slots: list[Any], *, check: bool) -> None:
     """Make every step. What PyTorch refuses to compute is the program's or the inputs' fault."""
     step = None
@@ -136,7 +133,7 @@ def _run(program: Program, slots: list[Any], *, check: bool) -> None:
                 slots[slot] = result if store is None else store(result)
             for slot in step.dead:
                 slots[slot] = None
-    except _FAILURES as error:
+    except FAILURES as error:
         if step is None:
             raise
         raise step.node.error(f"cannot be computed: {error}") from error

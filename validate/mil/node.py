@@ -1,6 +1,7 @@
 """One operation of a program while it is compiled, and the kernel it is compiled to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from .errors import EXPORT_AGAIN
 from .numbers import range_of
 from .package import Package
 from .values import Constant, Type
+
+FAILURES = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What is raised for parameters that make no sense: a file's fault, not a bug's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,14 @@ class Node:
     def error(self, what: str) -> ExportError:
         """An error that says which operation of which function `what` is about."""
         return ExportError(f"{self._place}: {self.kind} {self.name!r} {what}", EXPORT_AGAIN)
+
+    @contextmanager
+    def blamed(self, what: str) -> Iterator[None]:
+        """What Python and PyTorch refuse within is this operation's fault, and is said so."""
+        try:
+            yield
+        except FAILURES as error:
+            raise self.error(f"{what}: {error}") from error
 
     def has(self, parameter: str) -> bool:
         """Whether the parameter is given."""

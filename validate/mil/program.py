@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from ...exporter.errors import ExportError
 from . import constexpr, kernels
 from .errors import damaged, foreign
 from .node import Call, Node, Ref, wrapper
@@ -15,7 +14,7 @@ from .package import Package
 from .states import plan_memory
 from .values import Constant, Type, is_text, parse_type, parse_value, text
 
-_T = TypeVar("_T")
+_CANNOT_BE = "has parameters that cannot be"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +97,16 @@ class _Compiler:
             raise node.error("runs blocks of operations, which the interpreter does not")
         constant = constexpr.OPERATIONS.get(node.kind)
         if constant is not None:
-            made = self._guard(node, constant)
+            with node.blamed(_CANNOT_BE):
+                made = constant(node)
             for (name, _), result in zip(node.outputs, made, strict=True):
                 self._define(name, result.type, result)
             return
         operation = kernels.OPERATIONS.get(node.kind)
         if operation is None:
             raise node.error("is no operation that the interpreter knows")
-        kernel = self._guard(node, operation)
+        with node.blamed(_CANNOT_BE):
+            kernel = operation(node)
         results = tuple(self._define(name, type_) for name, type_ in node.outputs)
         self._calls.append(Call(node=node, kernel=kernel, results=results))
 
@@ -179,15 +180,6 @@ class _Compiler:
             opset=self._opset,
             package=self._package,
         )
-
-    def _guard(self, node: Node, compile_: Callable[[Node], _T]) -> _T:
-        """A parameter that makes no sense is the file's fault, and is said so."""
-        try:
-            return compile_(node)
-        except ExportError:
-            raise
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise node.error(f"has parameters that cannot be ({error})") from error
 
 
 def _step(call: Call, dead: tuple[int, ...]) -> Step:

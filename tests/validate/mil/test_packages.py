@@ -136,6 +136,17 @@ def test_a_program_of_something_else(copied: Path) -> None:
     refused(edited(copied, network), "holds neuralNetwork, not an ML program")
 
 
+def test_compressed_weights_that_do_not_fit(copied: Path) -> None:
+    def flatten(spec: Any) -> None:
+        for operation in operations(spec):
+            if operation.type == "constexpr_blockwise_shift_scale":
+                scale = operation.inputs["scale"].arguments[0].value.type.tensorType
+                del scale.dimensions[1]
+                scale.rank = 1
+
+    refused(edited(copied, flatten), r"shift_scale .* cannot be expanded: blocks of \[16, 16\]")
+
+
 def test_weights_outside_the_package(copied: Path) -> None:
     def outside(spec: Any) -> None:
         for operation in operations(spec):
