@@ -37,7 +37,7 @@ from .clock import Clock
 from .errors import ExportError
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
-from .requests import Chosen, ExportRequest, check, check_layers
+from .requests import Chosen, ExportRequest, check, check_contract, check_layers
 from .samples import Sample, samples
 from .source import SourceRequest, contract, load_source, recorded_source
 from .spec import ExportSpec
@@ -92,6 +92,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     checkpoint = load_source(request.source)
     check_layers(checked, checkpoint.config)
     spec = contract(checkpoint, request.resolution, request.context)
+    check_contract(checked, spec)
     images = samples(request.images)
     clock.stage("Reparameterize the tower")
     folded = reparameterize(checkpoint.model(), clock.detail)

@@ -21,6 +21,7 @@ from .errors import ExportError, raise_together
 from .model.fastvlm import FastVLM, build
 from .samples import samples
 from .source import SourceRequest
+from .spec import ExportSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,18 @@ def check_layers(checked: Checked, config: FastVLMConfig) -> None:
     """
     folded = replace(config, tower=replace(config.tower, train_form=False))
     _refuse(checked.chosen, build(folded))
+
+
+def check_contract(checked: Checked, spec: ExportSpec) -> None:
+    """Raise ExportError where a chosen client could not run a model of this contract."""
+    found = [
+        line for one in checked.chosen for line in one.target.contract_problems(spec, one.options)
+    ]
+    if found:
+        raise ExportError(
+            "\n".join(found),
+            "Change what is named (--resolution takes any multiple of 64), or leave --layout out.",
+        )
 
 
 def _shared(options: Options, chosen: Mapping[str, Target]) -> dict[str, Options]:

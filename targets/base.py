@@ -121,6 +121,10 @@ class Target(Protocol):
         """
         ...
 
+    def contract_problems(self, spec: "ExportSpec", options: Options = DEFAULTS) -> list[str]:
+        """Every reason why the clients of these files could not run this model; none: they can."""
+        ...
+
     def lower(
         self,
         programs: Mapping[str, "ExportedProgram"],

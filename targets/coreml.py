@@ -80,8 +80,14 @@ def problems(
     options: Options = DEFAULTS,
 ) -> list[str]:
     """Every reason why Core ML, or the app's layout, cannot express an adapted recipe."""
-    judge = apple_app_recipes if options.layout == apple_app.LAYOUT else coreml_recipes
-    return judge.problems(recipe, layers)
+    if options.layout == apple_app.LAYOUT:
+        return apple_app_recipes.problems(recipe, layers)
+    return coreml_recipes.problems(recipe, layers)
+
+
+def contract_problems(spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
+    """What Apple's app could not run; the packages by themselves take every model."""
+    return apple_app.spec_problems(spec) if options.layout == apple_app.LAYOUT else []
 
 
 def lower(
@@ -122,6 +128,7 @@ __all__ = [
     "RUNTIME_PACKAGES",
     "adapt",
     "availability",
+    "contract_problems",
     "lower",
     "open",
     "option_problems",

@@ -83,6 +83,11 @@ def problems(
     return onnx_recipes.problems(recipe, layers, tied=tied)
 
 
+def contract_problems(spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
+    """Its clients run every model that can be read."""
+    return []
+
+
 def lower(
     programs: Mapping[str, "ExportedProgram"],
     spec: ExportSpec,
@@ -136,6 +141,7 @@ __all__ = [
     "adapt",
     "availability",
     "client_dtype",
+    "contract_problems",
     "files",
     "lower",
     "open",

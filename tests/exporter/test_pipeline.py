@@ -49,6 +49,7 @@ class Spoiled:
     adapt = staticmethod(onnx.adapt)
     option_problems = staticmethod(onnx.option_problems)
     problems = staticmethod(onnx.problems)
+    contract_problems = staticmethod(onnx.contract_problems)
     lower = staticmethod(onnx.lower)
 
     def open(self, bundle: Bundle) -> Session:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from fastvlm_export import targets
+from fastvlm_export.exporter import checkpoint as checkpoints
 from fastvlm_export.exporter import requests
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.requests import ExportRequest
-from fastvlm_export.exporter.source import SourceRequest
+from fastvlm_export.exporter.source import SourceRequest, contract
+from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.quantize.recipes import RECIPES, Float, Recipe
 from fastvlm_export.targets.base import DEFAULTS, Availability, Options
 from fastvlm_export.validate import sessions
@@ -46,6 +48,9 @@ class Target:
             for key, value in given.items()
             if value and value not in self.takes.get(key, ())
         ]
+
+    def contract_problems(self, spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
+        return [f"'{self.name}' runs nothing"] if options.layout == "own" else []
 
     def problems(
         self,
@@ -142,3 +147,10 @@ def test_a_target_that_an_interpreter_runs_can_be_proven(check) -> None:
     with pytest.raises(ExportError, match="'nowhere' can't be used here") as caught:
         check(Target("nowhere", run=False))
     assert caught.value.hint == "install nowhere"
+
+
+def test_a_model_that_a_client_cannot_run_is_refused_by_its_contract(check) -> None:
+    spec = contract(checkpoints.bundled(), None, None)
+    requests.check_contract(check(PLAIN), spec)
+    with pytest.raises(ExportError, match="'apple' runs nothing"):
+        requests.check_contract(check(PLAIN, APPLE, options=Options(layout="own")), spec)
