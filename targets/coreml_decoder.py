@@ -28,6 +28,7 @@ from .coreml_lowering import (
     traced_type,
 )
 from .coreml_model import KEY_CACHE, KEY_REST, VALUE_CACHE, VALUE_REST
+from .coreml_stored import as_long
 
 with quiet_import():
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - its name everywhere
@@ -73,9 +74,7 @@ class Cache:
     def angles(self, name: str, table: Tensor, dtype: torch.dtype) -> Var:
         """The new rows of a rotary table [context,d/2]."""
         if (name, dtype) not in self._made:
-            # Padding may lie beyond the context; what it is turned by does not matter.
-            beyond = table[-1:].expand(self.capacity - len(table), -1)
-            whole = numpy(torch.cat((table, beyond)).to(dtype))
+            whole = numpy(as_long(table, self.capacity).to(dtype))
             self._made[name, dtype] = mb.gather(x=whole, indices=self.rows, axis=0, name=name)
         return self._made[name, dtype]
 
