@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from fastvlm_export.exporter.model.fastvlm import FastVLM
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.quantize.apply import Quantized, quantize
 from fastvlm_export.quantize.calibration import Calibration, load, pixels
 from fastvlm_export.quantize.recipes import RECIPES, Float, Method, Precision, Recipe
 
-from ..targets.conftest import CONTEXT, byte_tokenizer, lively_model
+from ..targets.conftest import byte_tokenizer, lively_model, make_spec
 
 LIMIT = 32752.0  # the recipe's
 ROUNDING = 2e-3
@@ -83,19 +82,8 @@ WEIGHTS = Recipe(
 @cache
 def small() -> tuple[FastVLM, ExportSpec]:
     """A reparameterized random model whose answers depend on the image."""
-    tokenizer = byte_tokenizer()
-    raw = lively_model(tokenizer.vocab_size, tied=True)
-    spec = ExportSpec(
-        decoder=raw.config.decoder,
-        features=raw.config.tower.features,
-        projector_layers=raw.config.projector_layers,
-        context=CONTEXT,
-        image_tokens=raw.config.tower.image_tokens(RESOLUTION),
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=RESOLUTION),
-        tokenizer=tokenizer,
-        image_token_id=tokenizer.vocab_size,
-        eos_token_ids=(0,),
-    )
+    raw = lively_model(byte_tokenizer().vocab_size, tied=True)
+    spec = make_spec(raw)
     return reparameterize(raw).model.eval().requires_grad_(False), spec
 
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastvlm_export.exporter.model.fastvlm import FastVLM
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.quantize.calibration import Calibration, load, pixels
 from fastvlm_export.quantize.recipes import Recipe
 from fastvlm_export.quantize.simulate import variants
 
-from ..targets.conftest import CONTEXT, RESOLUTION, byte_tokenizer, lively_model
+from ..targets.conftest import byte_tokenizer, lively_model, make_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +32,8 @@ def simulation(
     recipe: Recipe, *, tied: bool, change: Callable[[FastVLM], None] = lambda _: None
 ) -> Simulation:
     """`change` may alter the reparameterized model before anything is quantized."""
-    tokenizer = byte_tokenizer()
-    raw = lively_model(tokenizer.vocab_size, tied=tied)
-    spec = ExportSpec(
-        decoder=raw.config.decoder,
-        features=raw.config.tower.features,
-        projector_layers=raw.config.projector_layers,
-        context=CONTEXT,
-        image_tokens=raw.config.tower.image_tokens(RESOLUTION),
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=RESOLUTION),
-        tokenizer=tokenizer,
-        image_token_id=tokenizer.vocab_size,
-        eos_token_ids=(0,),
-    )
+    raw = lively_model(byte_tokenizer().vocab_size, tied=tied)
+    spec = make_spec(raw)
     model = reparameterize(raw).model.eval()
     change(model)
     calibration = dataclasses.replace(load(None), images=load(None).images[3:6])

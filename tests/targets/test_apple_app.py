@@ -19,7 +19,6 @@ from torch.export import ExportedProgram
 
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.model.fastvlm import FastVLM
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import read_tokenizer
@@ -31,7 +30,7 @@ from fastvlm_export.targets.apple_app_model import unpack
 from fastvlm_export.targets.apple_app_weights import Affine, packed
 from fastvlm_export.targets.eager import ProgramSession
 
-from .conftest import CONTEXT, RESOLUTION, bundle_of, byte_tokenizer, lively_model
+from .conftest import CONTEXT, RESOLUTION, bundle_of, byte_tokenizer, lively_model, make_spec
 
 EXACT = 1e-5
 PADDING = 8  # rows of the table beyond the tokenizer's, one of them the image token's
@@ -97,21 +96,9 @@ def features(spec: ExportSpec) -> NDArray[np.float32]:
 
 
 def make_app(folder: Path, recipe: Recipe, *, tied: bool = True) -> App:
-    tokenizer = byte_tokenizer()
-    model = reparameterize(lively_model(tokenizer.vocab_size + PADDING, tied=tied)).model
-    end = tokenizer.token_to_id("<|im_end|>")
-    assert end is not None
-    spec = ExportSpec(
-        decoder=model.config.decoder,
-        features=model.config.tower.features,
-        projector_layers=model.config.projector_layers,
-        context=CONTEXT,
-        image_tokens=model.config.tower.image_tokens(RESOLUTION),
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=RESOLUTION),
-        tokenizer=tokenizer,
-        image_token_id=tokenizer.vocab_size,
-        eos_token_ids=(end,),
-    )
+    vocabulary = byte_tokenizer().vocab_size + PADDING
+    model = reparameterize(lively_model(vocabulary, tied=tied)).model
+    spec = make_spec(model)
     calibration = load_calibration(None) if needs_calibration(recipe) else None
     programs = quantize(model, recipe, spec, calibration, lambda _: None).programs
     apple_app.write(programs, spec, recipe, folder)
