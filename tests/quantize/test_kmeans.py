@@ -108,7 +108,8 @@ def test_whatever_the_values(rows: list[list[float]], repeats: int, bits: int) -
     chosen = (table.gather(1, indices.long()) - values).abs()
     torch.testing.assert_close(chosen, nearest, rtol=1e-5, atol=1e-5)
     few = [len(row.unique()) <= 2**bits for row in values]
-    assert not chosen[few].any(), "each value has an entry of its own"
+    # Each value has an entry of its own, but for those that are one beside the largest.
+    assert (chosen[few] <= 1e-6 * values.abs().max()).all()
 
 
 def test_the_same_each_time_and_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:

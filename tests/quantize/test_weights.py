@@ -421,7 +421,7 @@ def test_what_does_not_fit_a_layer_is_an_error_that_names_the_key() -> None:
             decoder(), Recipe(name="x", embedding=gptq, decoder=static, head=gptq), [], silent
         )
     assert caught.value.message.split("\n") == [
-        "embedding.method: gptq is not for embedding (rtn, hqq)",
+        "embedding.method: gptq is not for embedding (rtn, hqq, palette)",
         "embedding.method: gptq has no calibration sequences to learn from",
         "decoder.activations: static is not for decoder (float, dynamic)",
         "head.method: gptq has no calibration sequences to learn from",
