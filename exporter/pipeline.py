@@ -12,11 +12,12 @@ from pathlib import Path
 
 from .. import __version__
 from ..quantize.apply import Quantized, Record, needs_calibration, quantize
+from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
-from ..quantize.recipes import recorded
+from ..quantize.recipes import Recipe, recorded
 from ..targets.eager import ProgramSession
 from ..validate.latency import Plan
-from ..validate.machine import peak_memory
+from ..validate.machine import instructions, peak_memory
 from ..validate.proof import (
     Original,
     Proof,
@@ -29,6 +30,7 @@ from ..validate.proof import (
 from ..validate.report import Example, Export, Folding, Report
 from ..validate.report import files_of as report_files
 from ..validate.sessions import NOT_TIMED, has_exact, runtime
+from ..validate.stored import NOT_COMPARED, has_stored
 from . import bundle as bundles
 from . import doctor, prompt
 from .bundle import Bundle, Manifest, Source
@@ -45,7 +47,7 @@ from .tensor_names import Layout
 
 __all__ = ["ExportRequest", "Outcome", "contract", "export", "validate"]
 
-RECORDED_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pillow")
+RECORDED_PACKAGES = ("torch", "torchao", "numpy", "tokenizers", "safetensors", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,11 @@ def validate(
     shown = samples(images)
     quantized = _again(checkpoint, manifest, spec, calibration, clock)
     reference = _reference(checkpoint, spec, quantized, exact=has_exact(bundle))
+    if not _made_alike(manifest):
+        reference = dataclasses.replace(reference, programs=None)
+    elif quantized is None:  # nothing else needs programs of float32: they are made for this alone
+        again = functools.partial(_traced, checkpoint, recorded(manifest.recipe), spec, clock)
+        reference = dataclasses.replace(reference, programs=lambda: again().programs)
     original = run_original(checkpoint, spec, shown, clock, steps)
     baseline = examine(reference, original, clock)
     proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
@@ -206,7 +213,6 @@ def _lower(one: Chosen, quantized: Quantized, work: _Work, place: Path) -> Bundl
     """Write one target's artifact and the manifest beside it."""
     checkpoint, spec, recipe = work.checkpoint, work.spec, quantized.record.recipe
     artifact = one.target.lower(quantized.programs, spec, recipe, place, one.options)
-    packages = {package: version(package) for package in RECORDED_PACKAGES}
     is_random = checkpoint.layout is Layout.RANDOM
     manifest = Manifest(
         schema=bundles.SCHEMA,
@@ -230,11 +236,7 @@ def _lower(one: Chosen, quantized: Quantized, work: _Work, place: Path) -> Bundl
         model=dataclasses.asdict(checkpoint.config),
         graphs=artifact.graphs,
         artifact=artifact.details,
-        versions={
-            "fastvlm-export": __version__,
-            **packages,
-            **one.target.availability().versions,
-        },
+        versions={**_versions(), **one.target.availability().versions},
         files=bundles.files_of(place),
     )
     (place / bundles.MANIFEST).write_text(manifest.to_json(), "utf-8")
@@ -245,15 +247,19 @@ def _reference(
     checkpoint: Checkpoint, spec: ExportSpec, quantized: Quantized | None, *, exact: bool
 ) -> Reference:
     """What artifacts are held to; `exact`: some are compared without rounding, too."""
-    if quantized is None or not quantized.record.recipe.quantized:
+    if quantized is None:
         return Reference(checkpoint=checkpoint, spec=spec)
-    session = functools.partial(ProgramSession, quantized.programs, spec.decoder, spec.context)
+    programs = quantized.programs
+    if not quantized.record.recipe.quantized:
+        return Reference(checkpoint=checkpoint, spec=spec, programs=lambda: programs)
+    session = functools.partial(ProgramSession, programs, spec.decoder, spec.context)
     return Reference(
         checkpoint=checkpoint,
         spec=spec,
         recipe=quantized.record.recipe,
         quantized=session,
         exact=functools.partial(session, exact=True) if exact else None,
+        programs=lambda: programs,
     )
 
 
@@ -278,10 +284,34 @@ def _again(
                 f"{', '.join(sorted(then)[:3])}, ...), not on those of {images.source}.",
                 "Give the folder that it was calibrated on with --calibration DIR.",
             )
+    return _traced(checkpoint, recipe, spec, clock, images)
+
+
+def _traced(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    spec: ExportSpec,
+    clock: Clock,
+    images: Calibration | None = None,
+) -> Quantized:
     clock.stage("Reparameterize the tower")
     folded = reparameterize(checkpoint.model(), clock.detail)
     clock.stage("Apply the recipe and trace the graphs")
     return quantize(folded.model, recipe, spec, images, clock.detail)
+
+
+def _versions() -> dict[str, str]:
+    """What makes the numbers of a recipe, to the last bit, and what they are written with."""
+    return {
+        "fastvlm-export": __version__,
+        **{package: version(package) for package in RECORDED_PACKAGES},
+        "instructions": instructions(),
+    }
+
+
+def _made_alike(manifest: Manifest) -> bool:
+    """Whether the recipe gives the same numbers here as it did there, to the last bit."""
+    return all(manifest.versions.get(name) == found for name, found in _versions().items())
 
 
 def _failed(out: Path) -> Path:
@@ -318,6 +348,8 @@ def _report(
         quantization=proof.quantization,
         parity=proof.parity,
         exact=proof.exact,
+        stored=proof.stored,
+        stored_note=NOT_COMPARED if has_stored(bundle) and proof.stored is None else "",
         accuracy=proof.accuracy,
         latency=proof.latency,
         latency_note="" if where.device else NOT_TIMED,

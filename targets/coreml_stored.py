@@ -11,7 +11,7 @@ are stored as they are, in Core ML's type (int64 becomes int32). Stored otherwis
 - rotary tables: as long as the cache, in the type of the queries that they turn;
 - for a linear layer without a bias, one of zeros.
 
-Not stored are zero points of zero, and a constant that changes nothing (times 1, plus 0).
+Not stored are zero points of zero, and most constants that change nothing (times 1, plus 0).
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from ..quantize.ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, LOOKUP, QUANTIZE
 from .coreml_lowering import numpy, traced_type
@@ -38,6 +39,7 @@ LINEAR = {"aten.linear.default": 2, "fastvlm.quantized_linear.default": 4}
 
 NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
 """Elementwise operators of two operands, and the second that changes nothing."""
+CLAMP = "aten.clamp.default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Stored:
 
     `names` are the constants it is made of, by their names in the program: the first says which it
     is. `numbers` computes it, in the type it is stored in, small integers one to a byte. `reads` is
-    how many operations read it, where a weight's integers count as read by what reads the weight.
+    how many operations read it, where a weight's integers count as read by what reads the weight;
+    0: it changes nothing and need not be there.
     """
 
     names: tuple[str, ...]
@@ -68,8 +71,7 @@ def stored(
     constant that some operator reads.
     """
     collector = _Collector(program, capacity)
-    results = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    live = _ancestors(results[0] if until is None else until)
+    live = _live(program, until)
     for node in program.graph.nodes:
         if node in live and node.op == "call_function" and not collector.is_constant(node):
             collector.add_reads(node)
@@ -83,6 +85,20 @@ def stored(
     return tuple(Stored(names=k[0], numbers=n, reads=r) for k, (n, r) in collector.found.items())
 
 
+def scalars(program: ExportedProgram, *, until: Node | None = None) -> frozenset[float]:
+    """Numbers in the program's own operators (a factor, a bound), and two that lowering adds.
+
+    MIL's `rsqrt` wants to be told to add nothing, and a reciprocal is a division of 1.
+    """
+    live = _live(program, until)
+    found = {0.0, 1.0}
+    for node in live:
+        kinds = (int, float) if str(node.target) in (*NEUTRAL, CLAMP) else (float,)
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        found |= {float(x) for x in leaves if isinstance(x, kinds) and not isinstance(x, bool)}
+    return frozenset(found)
+
+
 def as_long(table: Tensor, capacity: int) -> Tensor:
     """A rotary table [context,d/2] -> [capacity,d/2]: the last row again and again.
 
@@ -92,8 +108,11 @@ def as_long(table: Tensor, capacity: int) -> Tensor:
     return torch.cat((table, beyond))
 
 
-def _ancestors(node: Node) -> set[Node]:
-    found, waiting = {node}, [node]
+def _live(program: ExportedProgram, until: Node | None) -> set[Node]:
+    """What the first output, or `until`, is computed from."""
+    results = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    last = results[0] if until is None else until
+    found, waiting = {last}, [last]
     while waiting:
         new = [n for n in waiting.pop().all_input_nodes if n not in found]
         found.update(new)
@@ -142,10 +161,9 @@ class _Collector:
         for source in filter(self.is_constant, node.all_input_nodes):
             if kind not in NEUTRAL:
                 self._add_read(source, None)
-            elif not self._changes_nothing(node, source):
-                self._add_read(source, traced_type(node))
             else:
-                self.accounted.update(self._leaves(source))
+                times = 0 if self._changes_nothing(node, source) else 1
+                self._add_read(source, traced_type(node), times)
 
     def _changes_nothing(self, node: Node, source: Node) -> bool:
         """Whether an elementwise operator with this constant gives its other operand as it is."""
@@ -167,7 +185,8 @@ class _Collector:
             def whole(table: Node = table) -> Tensor:
                 return as_long(self._value(table), self.capacity).to(dtype)
 
-            self._add(self._leaves(table), dtype, whole, once=True)
+            before = self.found.get((self._leaves(table), dtype))
+            self._add(self._leaves(table), dtype, whole, 0 if before else 1)
 
     def _add_range(self, node: Node, real: Node) -> None:
         """Scale and zero point of activations, which are numbers in the graph."""
@@ -176,7 +195,7 @@ class _Collector:
         self._add((f"{node.name} scale",), dtype, lambda: torch.tensor(scale, dtype=dtype))
         self._add((f"{node.name} zero point",), None, lambda: torch.tensor(zero, dtype=torch.uint8))
 
-    def _add_read(self, source: Node, dtype: torch.dtype | None) -> None:
+    def _add_read(self, source: Node, dtype: torch.dtype | None, times: int = 1) -> None:
         """A constant, in another float type if one is given; a weight as what it is made of."""
         kind = str(source.target)
         if kind == DEQUANTIZE_WEIGHT:
@@ -190,7 +209,7 @@ class _Collector:
                 value = self._value(source)
                 return value if dtype is None else value.to(dtype)
 
-            self._add(self._leaves(source), dtype, numbers)
+            self._add(self._leaves(source), dtype, numbers, times)
 
     def _add_weight(self, node: Node) -> None:
         """Integers and scales, one for each index along an axis: int8 [N,...], or an int32 bias."""
@@ -215,11 +234,10 @@ class _Collector:
         names: tuple[str, ...],
         dtype: torch.dtype | None,
         make: Callable[[], Tensor],
-        *,
-        once: bool = False,
+        times: int = 1,
     ) -> None:
         before = self.found.get((names, dtype), (None, 0))[1]
-        self.found[names, dtype] = (lambda: numpy(make()), 1 if once else before + 1)
+        self.found[names, dtype] = (lambda: numpy(make()), before + times)
         self.accounted.update(names)
 
     def _value(self, node: Node) -> Tensor:

@@ -60,6 +60,13 @@ def describe() -> Machine:
     )
 
 
+def instructions() -> str:
+    """The processor's, as PyTorch uses them: sines and sums differ between them in last bits."""
+    import torch  # noqa: PLC0415 - only what quantizes needs it
+
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes.
 

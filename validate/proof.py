@@ -2,8 +2,9 @@
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..exporter import checkpoint as checkpoints
 from ..exporter.bundle import Bundle, Manifest
@@ -30,6 +31,10 @@ from .loss import Answers, QuantizationLoss, measure_loss
 from .parity import ParityResult
 from .recording import Case, Recording, record
 from .sessions import has_exact, open_session, runtime
+from .stored import StoredWeights, compare_stored, has_stored
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 QUESTIONS = 300
 STEPS = 64
@@ -45,7 +50,8 @@ class Reference:
 
     `quantized` opens the recipe's eager model, which is then what artifacts are held to; it is None
     for a recipe that leaves everything in float32. `exact` opens the same model computed without
-    any rounding, where an artifact is to be compared like that, too.
+    any rounding, where an artifact is to be compared like that, too. `programs` gives what was
+    lowered to the artifacts, the same to the last bit; None where that can't be had.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +59,7 @@ class Reference:
     recipe: Recipe = FLOAT32
     quantized: Callable[[], Session] | None = None
     exact: Callable[[], Session] | None = None
+    programs: "Callable[[], Mapping[str, ExportedProgram]] | None" = None
 
     def __post_init__(self) -> None:
         if self.recipe.quantized != (self.quantized is not None):
@@ -125,7 +132,7 @@ class Proof:
     """What was found. `accuracy` is None but for the bundled model, `latency` where not asked.
 
     `quantization` is None where nothing is quantized, `exact` where there is no artifact to compute
-    without rounding.
+    without rounding, `stored` where no files or no programs can be compared number by number.
     """
 
     parity: ParityResult
@@ -133,6 +140,7 @@ class Proof:
     accuracy: Accuracy | None
     latency: LatencyResult | None
     quantization: QuantizationLoss | None
+    stored: StoredWeights | None = None
 
 
 def run_original(
@@ -236,6 +244,7 @@ def prove(
     say. `images` are those of the baseline. With a `plan` the bundle is timed, beside `peer` where
     there is one.
     """
+    stored = _stored(baseline.reference, bundle, clock)
     gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
     clock.stage("Open the bundle")
     candidate = open_session(bundle)
@@ -271,7 +280,16 @@ def prove(
         accuracy=answers,
         latency=timed,
         quantization=baseline.loss,
+        stored=stored,
     )
+
+
+def _stored(reference: Reference, bundle: Bundle, clock: Clock) -> StoredWeights | None:
+    """What the files hold, against the programs; those are let go if nobody else has them."""
+    if reference.programs is None or not has_stored(bundle):
+        return None
+    clock.stage("Compare the stored weights")
+    return compare_stored(bundle, reference.programs())
 
 
 def _without_rounding(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .accuracy import AccuracyReport
     from .loss import QuantizationLoss
     from .proof import Accuracy
+    from .stored import StoredWeights
 
 SCHEMA = 1
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -96,8 +97,9 @@ class Report:
     `source` names the checkpoint, `checkpoint` says what it is (label -> value). `quantized` is
     what the recipe did, None where it leaves everything in float32: else `quantization`, what it
     costs, must have been measured. `parity` is the artifact's own error on top of that, `exact` the
-    same where neither side rounds. `runtime` is what ran the artifact; where that was no device,
-    `latency_note` says how to time one.
+    same where neither side rounds. `stored` compares the artifact's numbers themselves, or
+    `stored_note` says why they could not be. `runtime` is what ran the artifact; where that was no
+    device, `latency_note` says how to time one.
     """
 
     source: str
@@ -110,6 +112,8 @@ class Report:
     quantization: "QuantizationLoss | None" = None
     parity: ParityResult | None = None
     exact: ParityResult | None = None
+    stored: "StoredWeights | None" = None
+    stored_note: str = ""
     accuracy: "Accuracy | None" = None
     latency: LatencyResult | None = None
     latency_note: str = ""
@@ -125,7 +129,8 @@ class Report:
             return False
         if self.quantization is None and self.quantized is not None:
             return False
-        gates = (self.exact, self.accuracy.check if self.accuracy else None, self.quantization)
+        answers = self.accuracy.check if self.accuracy else None
+        gates = (self.exact, self.stored, answers, self.quantization)
         return all(gate.passed for gate in gates if gate is not None)
 
     @property
@@ -136,6 +141,8 @@ class Report:
         said = [self.parity.verdict]
         if self.exact:
             said.append(_without_rounding(self.exact))
+        if self.stored:
+            said.append(self.stored.verdict)
         if self.accuracy and self.parity.passed and (self.exact is None or self.exact.passed):
             said.append(_on_answers(self.accuracy))
         if self.quantization:
@@ -171,6 +178,8 @@ class Report:
             "runtime": self.runtime,
             "parity": self.parity.to_dict() if self.parity else None,
             "exact_parity": self.exact.to_dict() if self.exact else None,
+            "stored_weights": self.stored.to_dict() if self.stored else None,
+            "stored_note": self.stored_note,
             "accuracy": _accuracy(self.accuracy) if self.accuracy else None,
             "latency": self.latency.to_dict() if self.latency else None,
             "latency_note": self.latency_note,

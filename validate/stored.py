@@ -6,16 +6,20 @@ reads has to be in its package, number by number: weights, integers, scales, zer
 indices and tables, biases, rotary tables, the static ranges of activations.
 
 It is looked up by its numbers, as packages keep no names and hold equal tensors once; of tensors
-that are equal, as many are to be there as there are readers. So this does not show a tensor that
-one layer reads in the place of another's, nor what the lowering adds of its own (an epsilon, a
-shape, the mask), nor an operation that is not the program's: those change what is computed, and
-are parity's to show.
+that are equal, as many are to be there as there are readers. The other way round a package has no
+float, no small integer that its program has not, so that nothing is scaled or shifted in between.
+
+So this does not show a tensor that one layer reads in the place of another's, another operator on
+the same numbers, or other shapes, axes and positions: those change what is computed, and are
+parity's to show.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..exporter.bundle import VALIDATE_HINT, Bundle
 from ..exporter.errors import ExportError
@@ -29,12 +33,20 @@ if TYPE_CHECKING:
     from .mil.contents import Fingerprint
 
 
+NOT_COMPARED = (
+    "The stored weights were not compared number by number: the bundle was made by other versions "
+    "or on a processor with other instructions, where last bits differ. Its files are those that "
+    "were exported: they have the hashes of its manifest."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredFunction:
-    """One function of a package: what its program has, and what of that it does not hold.
+    """One function of a package: what its program has, what of that it lacks, what it has besides.
 
     `stage` is the first that reads it; `numbers` is how many are in the `tensors`. `missing` names
     tensors as the program does; where several are equal and one is not there, all of them.
+    `foreign` are constants that the program has not, as the package names them.
     """
 
     package: str
@@ -43,11 +55,12 @@ class StoredFunction:
     tensors: int
     numbers: int
     missing: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """True where something was compared and everything was found."""
-        return self.tensors > 0 and not self.missing
+        """True where something was compared and both have the same."""
+        return self.tensors > 0 and not self.missing and not self.foreign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +86,9 @@ class StoredWeights:
         if not self.functions or any(not one.tensors for one in broken):
             return "No stored weights were compared."
         if broken:
-            first = broken[0]
-            count = len(first.missing)
-            more = f", and {count - 1} more" if count > 1 else ""
             return (
-                f"Stored weights that are not the program's, first in stage "
-                f"{STAGE_NAMES[first.stage]}: {first.package} ({first.function}) does not hold "
-                f"{first.missing[0]}{more}."
+                f"Stored numbers that are not the program's, first in stage "
+                f"{STAGE_NAMES[broken[0].stage]}: {_difference(broken[0])}."
             )
         numbers = {(one.package, one.tensors, one.numbers) for one in self.functions}
         tensors = sum(count for _, count, _ in numbers)
@@ -95,6 +104,14 @@ class StoredWeights:
         }
 
 
+def _difference(found: StoredFunction) -> str:
+    lacks = bool(found.missing)
+    names = found.missing if lacks else found.foreign
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = f"does not hold {names[0]}{more}" if lacks else f"has {names[0]}{more} besides"
+    return f"{found.package} ({found.function}) {what}"
+
+
 def has_stored(bundle: Bundle) -> bool:
     """Whether a bundle's weights can be compared: those of Core ML packages, on any system."""
     return bundle.manifest.target == TargetName.COREML
@@ -107,56 +124,88 @@ def compare_stored(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") ->
     are missing, foreign or damaged. In the layout of Apple's app that is the tower alone: what MLX
     reads is opened, and compared, as the numbers it is.
     """
-    from .mil.contents import Contents, fingerprint  # noqa: PLC0415 - imports coremltools
+    from .mil.contents import Contents, fingerprint, is_weight  # noqa: PLC0415 - imports coremltools
 
     found = []
-    for package, tensors, functions in _expected(bundle, programs):
-        contents = Contents(bundle.path / package)
+    for one in _expected(bundle, programs):
+        contents = Contents(bundle.path / one.package)
         wanted = []
-        for tensor in tensors:
+        for tensor in one.tensors:
             numbers = tensor.numbers()
             wanted.append((tensor, fingerprint(numbers), numbers.size))
             del numbers
         needed: Counter[Fingerprint] = Counter()
         for tensor, print_, _ in wanted:
             needed[print_] += tensor.reads
-        for function, stage in functions.items():
+        known = {*needed, *_fingerprints(one.scalars)}
+        for function, stage in one.functions.items():
             have = contents.reads(function)
             lacking = {print_ for print_, reads in needed.items() if have[print_] < reads}
+            foreign = [print_ for print_ in have if is_weight(print_) and print_ not in known]
+            needing = [(tensor, p, size) for tensor, p, size in wanted if tensor.reads]
             found.append(
                 StoredFunction(
-                    package=package,
+                    package=one.package,
                     function=function,
                     stage=stage,
-                    tensors=len(wanted),
-                    numbers=sum(size for _, _, size in wanted),
-                    missing=tuple(t.name for t, print_, _ in wanted if print_ in lacking),
+                    tensors=len(needing),
+                    numbers=sum(size for *_, size in needing),
+                    missing=tuple(tensor.name for tensor, p, _ in needing if p in lacking),
+                    foreign=tuple(sorted(contents.names[print_] for print_ in foreign)),
                 )
             )
     return StoredWeights(functions=tuple(found))
 
 
-def _expected(
-    bundle: Bundle, programs: "Mapping[str, ExportedProgram]"
-) -> Iterator[tuple[str, "tuple[Stored, ...]", Mapping[str, Stage]]]:
-    """Each package, what it must hold, and the stage that each of its functions is read in."""
-    from ..targets import apple_app, coreml_graphs, coreml_model  # noqa: PLC0415 - as above
-    from ..targets.coreml_stored import stored  # noqa: PLC0415
+@dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """What a package must hold; `functions` -> the stage that each is first read in."""
+
+    package: str
+    functions: Mapping[str, Stage]
+    tensors: "tuple[Stored, ...]"
+    scalars: frozenset[float]
+
+
+def _expected(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") -> Iterator[_Expected]:
+    from ..targets import apple_app, coreml_decoder, coreml_graphs  # noqa: PLC0415 - as above
+    from ..targets import coreml_model as names  # noqa: PLC0415
+    from ..targets.coreml_stored import scalars, stored  # noqa: PLC0415
 
     vision, artifact = programs["vision"], bundle.manifest.artifact
-    features = {coreml_model.MAIN: Stage.IMAGE_FEATURES}
-    if artifact.get("layout") == apple_app.LAYOUT:
-        tower = stored(vision, until=coreml_graphs.unprojected(vision))
-        yield apple_app.PACKAGE, tower, features
+    is_app = artifact.get("layout") == apple_app.LAYOUT
+    until = coreml_graphs.unprojected(vision) if is_app else None
+    yield _Expected(
+        package=apple_app.PACKAGE if is_app else names.VISION,
+        functions={names.MAIN: Stage.IMAGE_FEATURES},
+        tensors=stored(vision, until=until),
+        scalars=scalars(vision, until=until),
+    )
+    if is_app:
         return
-    yield coreml_model.VISION, stored(vision), features
-    embeddings = {coreml_model.MAIN: Stage.EMBEDDINGS}
-    yield coreml_model.EMBEDDING, stored(programs["embedding"]), embeddings
+    yield _Expected(
+        package=names.EMBEDDING,
+        functions={names.MAIN: Stage.EMBEDDINGS},
+        tensors=stored(programs["embedding"]),
+        scalars=scalars(programs["embedding"]),
+    )
     capacity = artifact.get("capacity")
     if not isinstance(capacity, int) or capacity < bundle.manifest.context:
         raise ExportError(
             f"{bundle.path}: the manifest gives the cache {capacity!r} positions.", VALIDATE_HINT
         )
-    decoder = stored(programs["decoder"], capacity=capacity)
-    steps = {coreml_model.PREFILL: Stage.FIRST_TOKEN, coreml_model.DECODE: Stage.TEACHER_FORCED}
-    yield coreml_model.DECODER, decoder, steps
+    yield _Expected(
+        package=names.DECODER,
+        functions={names.PREFILL: Stage.FIRST_TOKEN, names.DECODE: Stage.TEACHER_FORCED},
+        tensors=stored(programs["decoder"], capacity=capacity),
+        scalars=scalars(programs["decoder"]) | {coreml_decoder.HIDDEN},
+    )
+
+
+def _fingerprints(numbers: frozenset[float]) -> "Iterator[Fingerprint]":
+    """Of single numbers, in both types that a package may have them in."""
+    from .mil.contents import fingerprint  # noqa: PLC0415 - imports coremltools
+
+    with np.errstate(over="ignore"):
+        for number in numbers:
+            yield from (fingerprint(np.array(number, kind)) for kind in (np.float16, np.float32))

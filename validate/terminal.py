@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .loss import QuantizationLoss
     from .proof import Accuracy
     from .report import Report
+    from .stored import StoredWeights
+
+SHOWN = 5  # tensors that are missing, or foreign; report.json lists every one
 
 
 def render(report: "Report") -> Group:
@@ -32,6 +35,10 @@ def render(report: "Report") -> Group:
     if report.exact:
         parts.append(parity(report.exact, "Export error without rounding"))
         parts.append(Text(EXACT, "dim"))
+    if report.stored:
+        parts.append(stored(report.stored))
+    elif report.stored_note:
+        parts.append(Text(report.stored_note, "yellow"))
     if report.accuracy:
         parts.append(accuracy(report.accuracy, report.target))
     if report.latency:
@@ -86,6 +93,23 @@ def parity(result: ParityResult, title: str = "Export error against PyTorch") ->
         before = line.stage
     if result.ties:
         notes.append(Text(f"{len(result.ties)} token ties within rounding: see the report"))
+    return Group(table, *notes)
+
+
+def stored(found: "StoredWeights") -> Group:
+    """How many tensors of each function were looked up, and those that are not the program's."""
+    table = _table("Stored numbers against the programs', one by one")
+    table.add_column("Package", no_wrap=True)
+    for name in ("Tensors", "Numbers", "Missing", "Foreign"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    notes = []
+    for one in found.functions:
+        counts = (one.tensors, one.numbers, len(one.missing), len(one.foreign))
+        cells = (f"{count:,}" for count in counts)
+        table.add_row(f"{one.package}, {one.function}", *cells, _sign(one.passed))
+        notes += [Text(f"✗ {one.package} has no {name}", "red") for name in one.missing[:SHOWN]]
+        notes += [Text(f"✗ {one.package} adds {name}", "red") for name in one.foreign[:SHOWN]]
     return Group(table, *notes)
 
 

@@ -1,5 +1,6 @@
 """Reports of bundles that a reference interpreter ran: what they say of it, and a second gate."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from fastvlm_export.validate import parity, terminal
 from fastvlm_export.validate.formats import NOISE, check_limit, check_name, check_value
 from fastvlm_export.validate.limits import FLOAT16
+from fastvlm_export.validate.parity import Stage
 from fastvlm_export.validate.quantized import EXACT
 from fastvlm_export.validate.sessions import NOT_TIMED, Runtime
+from fastvlm_export.validate.stored import NOT_COMPARED, StoredFunction, StoredWeights
 
 from .fakes import Altered, compare, tiny_session
 from .pages import shown, strict, words
@@ -120,3 +123,40 @@ def test_noise_is_known_as_psnr_and_other_checks_by_their_names():
     assert check_value(NOISE, float("nan")) == "none"
     assert check_value("mean KL", 1e-4) == check_limit("mean KL", 1e-4) == "1e-4"
     assert check_limit(NOISE, 1e-4) == "≥ 80 dB"
+
+
+def stored_weights(**changes):
+    one = StoredFunction(
+        package="decoder.mlpackage",
+        function="prefill",
+        stage=Stage.FIRST_TOKEN,
+        tensors=3,
+        numbers=1234,
+        missing=(),
+    )
+    return StoredWeights(functions=(replace(one, **changes),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"missing": ("decoder.norm.weight", "a", "b")}, "decoder.norm.weight and 2 more"),
+        ({"foreign": ("scaled (mul), y",)}, "has scaled (mul), y besides"),
+        ({"tensors": 0}, "No stored weights were compared"),
+    ],
+)
+def test_stored_weights_are_a_gate(changes, said) -> None:
+    assert core_ml_report(stored=stored_weights()).passed
+    report = core_ml_report(stored=stored_weights(**changes))
+    assert not report.passed
+    assert said in report.verdict
+    assert json.loads(report.to_json())["stored_weights"]["passed"] is False
+    for name in (*changes.get("missing", ()), *changes.get("foreign", ())):
+        assert name in report.to_html()
+    assert said in shown(terminal.render(report))
+
+
+def test_weights_that_were_not_compared_are_said_to_be_so() -> None:
+    report = core_ml_report(stored_note=NOT_COMPARED)
+    assert "other instructions" in report.to_html()
+    assert json.loads(report.to_json())["stored_note"] == NOT_COMPARED

@@ -30,7 +30,7 @@ from fastvlm_export.validate.stored import StoredWeights, compare_stored
 from ..targets.conftest import CONTEXT, lively_model, make_spec
 
 with quiet_import():
-    from coremltools.proto import Model_pb2
+    from coremltools.proto import MIL_pb2, Model_pb2
 
 CHUNK = 8
 CAPACITY = CONTEXT + CHUNK
@@ -227,6 +227,36 @@ def test_a_changed_static_range_is_found(written: Written, tmp_path: Path) -> No
     assert {"quantize_per_tensor scale", "dequantize_per_tensor scale"} <= set(broken.missing)
 
 
+@with_recipes("fp32", "fp16")
+@pytest.mark.parametrize("factor", [1.001, 1.0])
+def test_a_number_that_no_program_has_is_foreign(
+    written: Written, factor: float, tmp_path: Path
+) -> None:
+    """But 1 is what a reciprocal divides, and changes nothing elsewhere."""
+
+    def change(copy: Path) -> None:
+        path = copy / coreml_model.DECODER / DATA / "model.mlmodel"
+        model = Model_pb2.Model.FromString(path.read_bytes())
+        decode = model.mlProgram.functions["decode"]
+        operations = decode.block_specializations[decode.opset].operations
+        silu = next(o for o in operations if o.type == "silu")
+        value = silu.inputs["alpha"].arguments.add().value  # read by nobody, but it is there
+        value.type.tensorType.dataType = MIL_pb2.DataType.FLOAT32
+        value.immediateValue.tensor.floats.values.append(factor)
+        path.write_bytes(model.SerializeToString())
+
+    found = written.changed(tmp_path, change)
+    broken = [one for one in found.functions if not one.passed]
+    if factor == 1:
+        assert not broken
+        return
+    assert [one.function for one in broken] == ["decode"]
+    assert found.first_broken is Stage.TEACHER_FORCED
+    [name] = broken[0].foreign
+    assert "(silu), alpha" in name
+    assert name in found.verdict
+
+
 def test_one_of_two_equal_biases_is_missed(tmp_path: Path) -> None:
     """Small tensors are stored once for each layer, large ones once for all."""
     model = lively_model(300, tied=True)
@@ -278,9 +308,9 @@ def test_a_constant_that_changes_nothing_need_not_be_stored(tmp_path: Path) -> N
         model.decoder.norm.weight.fill_(1)
     written = write(model, RECIPES["fp32"], tmp_path)
     assert written.compare().passed
-    names = {tensor.name for tensor in written.stored(coreml_model.DECODER)}
-    assert "decoder.norm.weight" not in names
-    assert "decoder.layers.0.input_layernorm.weight" in names
+    reads = {tensor.name: tensor.reads for tensor in written.stored(coreml_model.DECODER)}
+    assert reads["decoder.norm.weight"] == 0
+    assert reads["decoder.layers.0.input_layernorm.weight"] == 1
 
 
 @with_recipes("fp16")

@@ -23,15 +23,23 @@ def fingerprint(numbers: NDArray[Any]) -> Fingerprint:
     return little.dtype.str, hashlib.sha256(little.view(np.uint8).data).digest()
 
 
+def is_weight(print_: Fingerprint) -> bool:
+    """Whether these are floats or small integers: no positions, shapes or truth values."""
+    return np.dtype(print_[0]).kind == "f" or print_[0] in ("|i1", "|u1")
+
+
 class Contents:
     """The numbers of a saved package, each read from the file once and not kept.
 
+    `names` says where a function has them that was asked for: a constant's name, or an operation's
+    with the parameter.
     Raises ExportError for what is no package, or damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self._package: Package = open_package(path)
         self._known: dict[Any, Fingerprint] = {}
+        self.names: dict[Fingerprint, str] = {}
 
     def reads(self, function: str) -> "Counter[Fingerprint]":
         """How often the function's operations read each constant, in weight files and beside them.
@@ -45,8 +53,7 @@ class Contents:
             raise foreign(self._package.path, f"has no function {function!r}; it has {have}")
         message = functions[function]
         if message.opset not in message.block_specializations:
-            where = self._package.model_path
-            raise damaged(where, f"has no operations for {message.opset!r}")
+            raise damaged(self._package.model_path, f"has no operations for {message.opset!r}")
         found: Counter[Fingerprint] = Counter()
         named: Counter[str] = Counter()
         # From the last to the first: readers come before what they read.
@@ -54,23 +61,26 @@ class Contents:
             made = sum(named[output.name] for output in operation.outputs)
             if operation.type == "const":
                 if made and "val" in operation.attributes:
-                    self._count(found, operation.attributes["val"], made)
+                    name = operation.outputs[0].name
+                    self._count(found, operation.attributes["val"], made, name)
                 continue
             times = made if operation.type in OPERATIONS else 1
+            where = f"{operation.outputs[0].name} ({operation.type})" if operation.outputs else ""
             for name, value in operation.attributes.items():
                 if name != "name":
-                    self._count(found, value, times)
-            for argument in operation.inputs.values():
+                    self._count(found, value, times, f"{where}, {name}")
+            for name, argument in operation.inputs.items():
                 for binding in argument.arguments:
                     if binding.WhichOneof("binding") == "value":
-                        self._count(found, binding.value, times)
+                        self._count(found, binding.value, times, f"{where}, {name}")
                     else:
                         named[binding.name] += times
         return found
 
-    def _count(self, found: "Counter[Fingerprint]", value: Any, times: int) -> None:
+    def _count(self, found: "Counter[Fingerprint]", value: Any, times: int, name: str) -> None:
         if times and not is_text(value):
             constant = parse_value(self._package, value)
             if constant.key not in self._known:
                 self._known[constant.key] = fingerprint(constant.array())
             found[self._known[constant.key]] += times
+            self.names[self._known[constant.key]] = name
