@@ -12,21 +12,40 @@ GIB = 2**30
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "megabytes", "memory"), [("int8", 700, 10 * GIB), ("int4", 600, 10 * GIB)]
+    ("target", "recipe", "megabytes", "memory"),
+    [
+        ("onnx", "int8", 700, 10 * GIB),
+        ("onnx", "int4", 600, 10 * GIB),
+        ("coreml", "int4", 700, 16 * GIB),  # the table is in two packages
+    ],
 )
 def test_a_quantized_export_passes_and_stays_small(
-    tmp_path: Path, recipe: str, megabytes: float, memory: int
+    tmp_path: Path, target: str, recipe: str, megabytes: float, memory: int
 ) -> None:
     program = "from fastvlm_export.exporter.cli import main; main()"
     command = [sys.executable, "-c", program, "--random", "fastvlm-0.5b", "--resolution", "1024"]
-    command += ["--recipe", recipe, "--out", str(tmp_path / "out"), "--runs", "1", "--json"]
+    command += [
+        "--target",
+        target,
+        "--recipe",
+        recipe,
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        "1",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)["bundles"][0]["report"]
     export = report["export"]
     size = sum(file["bytes"] for file in export["files"]) / 1e6
     print(
-        recipe, f"{size:.0f} MB", f"{export['peak_memory_bytes'] / GIB:.2f} GiB", export["seconds"]
+        target,
+        recipe,
+        f"{size:.0f} MB",
+        f"{export['peak_memory_bytes'] / GIB:.2f} GiB",
+        export["seconds"],
     )
     print(report["verdict"])
     assert done.returncode == 0
