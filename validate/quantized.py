@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 EXACT = (
     "Neither side rounds here: the artifact's program on its stored weights, against the quantized "
     "model in PyTorch, with no step to half precision or integers between float32 values. Both are "
-    "the same real numbers under every recipe, so float32's limits hold, and a fault shows that "
-    "roundings would hide."
+    "the same real numbers under every recipe, equal but for float32's last bits, and a fault "
+    "shows that roundings would hide."
 )
 
 

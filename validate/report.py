@@ -219,7 +219,7 @@ class Report:
 def _without_rounding(exact: ParityResult) -> str:
     if exact.failure:
         return f"Without rounding, the first stage to break: {exact.failure}"
-    return f"Without rounding, every stage agrees to float32's limits; nearest: {exact.nearest}."
+    return f"Without rounding, every stage agrees to float32's last bits; nearest: {exact.nearest}."
 
 
 def _on_answers(accuracy: "Accuracy") -> str:

@@ -47,7 +47,7 @@ def test_a_device_s_report_says_nothing_of_the_kind():
 
 def test_both_comparisons_are_shown_and_told_apart():
     report = core_ml_report()
-    assert "Without rounding, every stage agrees to float32's limits; nearest:" in report.verdict
+    assert "Without rounding, every stage agrees to float32's last bits; nearest:" in report.verdict
     assert EXACT in words(report)
     assert "Export error without rounding" in words(report)
     told = shown(terminal.render(report))
