@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Each worker has one thread (tests/conftest.py) and up to 3 GB; a file's tests share their fixtures.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Pinned first, so that no other package pulls in a build of torch with gigabytes of CUDA.
 $(STAMP): pyproject.toml Makefile
@@ -20,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/fastvlm-export --target onnx --out out/demo --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s --timeout 3600
@@ -30,6 +32,6 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 .PHONY: install demo test test-slow check
