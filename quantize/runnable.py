@@ -82,8 +82,8 @@ class Float32Interpreter(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operator that makes float16 makes float32 here; with `exact` no integers are made."""
-        if self.exact and str(target) in EXACT:
-            return EXACT[str(target)](*args)
+        if str(target) in (EXACT if self.exact else TYPED):
+            return (EXACT if self.exact else TYPED)[str(target)](*args)
         args = map_aggregate(args, _wide_type)
         return super().call_function(target, args, map_aggregate(kwargs, _wide_type))
 
@@ -103,8 +103,17 @@ def _dequantize(x: Tensor, scale: float, zero_point: int, *_: Any) -> Tensor:
     return (x - zero_point) * scale
 
 
+def _integers(
+    x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    return ((x / scale).round() + zero_point).clamp(low, high).to(dtype)
+
+
 EXACT = {QUANTIZE: _quantize, DEQUANTIZE_TENSOR: _dequantize}
 """What stands for operators whose results would be integers."""
+TYPED = {QUANTIZE: _integers}
+"""What ONNX's and Core ML's specifications say. PyTorch multiplies by 1 / scale, which is off by a
+bit: of float16 numbers many lie halfway between two integers, and land on the other side."""
 
 
 def _split_linear(graph: FxGraph, exact: bool) -> None:

@@ -117,7 +117,8 @@ def test_features_are_as_good_as_with_float32_around(recipe: Recipe) -> None:
         runnable(quantized(r).programs["vision"])(image)[0] for r in (recipe, wide(recipe))
     )
     print(f"{psnr(half, expected):.1f} dB, in float32 {psnr(full, expected):.1f} dB")
-    assert psnr(half, expected) > psnr(full, expected) - 1
+    # Both are draws of the same noise: integers that lie on a boundary fall either way.
+    assert psnr(half, expected) > psnr(full, expected) - 3
     if recipe is WEIGHTS:  # no rounding falls to another integer
         assert error(half, full) < 2 * ROUNDING
 
