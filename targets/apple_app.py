@@ -28,7 +28,7 @@ from ..exporter.spec import ExportSpec
 from ..quantize.recipes import HEAD, Recipe
 from .apple_app_recipes import adapt, problems
 from .base import Array, TokenIds
-from .coreml_model import FEATURES, MAIN, OpenModel
+from .coreml_model import EXPORT_APP_HINT, FEATURES, MAIN, OpenModel
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -42,8 +42,6 @@ PATCH = 64
 """Pixels of an image token's side, as the app counts them."""
 
 _RELEASED = (256, 3072)
-
-EXPORT_HINT = "Export it again: fastvlm-export --target coreml --layout apple-app --out DIR --force"
 
 
 def spec_problems(spec: ExportSpec) -> list[str]:
@@ -137,11 +135,11 @@ class AppleAppSession:
 
         path = bundle.path / PACKAGE
         if not path.is_dir():
-            raise ExportError(f"{bundle.path} has no {PACKAGE}.", EXPORT_HINT)
+            raise ExportError(f"{bundle.path} has no {PACKAGE}.", EXPORT_APP_HINT)
         self.tower = open_model(path, MAIN)
         if set(self.tower.inputs) != {IMAGES}:
             given = ", ".join(sorted(self.tower.inputs)) or "nothing"
-            raise ExportError(f"{path} takes {given}, not {IMAGES}.", EXPORT_HINT)
+            raise ExportError(f"{path} takes {given}, not {IMAGES}.", EXPORT_APP_HINT)
         self.rest = open_rest(bundle.path, bundle.manifest.context, exact=exact)
 
     def encode_image(self, pixels: Array) -> Array:
@@ -149,7 +147,7 @@ class AppleAppSession:
         outputs = self.tower.predict({IMAGES: np.ascontiguousarray(pixels, dtype=np.float32)})
         if FEATURES not in outputs:
             given = ", ".join(sorted(outputs)) or "nothing"
-            raise ExportError(f"{PACKAGE} gave {given}, not {FEATURES}.", EXPORT_HINT)
+            raise ExportError(f"{PACKAGE} gave {given}, not {FEATURES}.", EXPORT_APP_HINT)
         return self.rest.encode_image(np.asarray(outputs[FEATURES], dtype=np.float32))
 
     def embed(self, input_ids: TokenIds) -> Array:

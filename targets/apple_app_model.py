@@ -19,7 +19,7 @@ from ..exporter.json_file import Section, read_json
 from ..exporter.model.decoder import CacheInputsDecoder, Decoder
 from ..exporter.model.fastvlm import projector
 from ..exporter.weight_files import read_weights
-from .apple_app import EXPORT_HINT
+from .coreml_model import EXPORT_APP_HINT
 from .eager import TorchSession
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,7 +66,9 @@ def open_rest(folder: Path, context: int, *, exact: bool = False) -> TorchSessio
 
 def _damaged(folder: Path, problems: list[str]) -> ExportError:
     more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return ExportError(f"{folder} is damaged: {'; '.join(problems[:SHOWN] + more)}.", EXPORT_HINT)
+    return ExportError(
+        f"{folder} is damaged: {'; '.join(problems[:SHOWN] + more)}.", EXPORT_APP_HINT
+    )
 
 
 def _sizes(config: Section) -> tuple[DecoderConfig | None, int]:

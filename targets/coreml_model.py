@@ -27,6 +27,10 @@ KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
 KEY_REST, VALUE_REST = "keyCacheRest", "valueCacheRest"
 """States of a float32 decoder: what float16 cut off, as Core ML's states are float16 only."""
 
+EXPORT_HINT = "Export it again: fastvlm-export --target coreml --out DIR --force"
+EXPORT_APP_HINT = f"{EXPORT_HINT} --layout apple-app"
+"""What to do about a damaged package, or folder of Apple's app."""
+
 
 class Model(Protocol):
     """One function of a package, ready to run: `MLModel` on a Mac, the interpreter anywhere.

@@ -22,6 +22,7 @@ from .coreml_model import (
     DECODER,
     EMBEDDING,
     EMBEDS,
+    EXPORT_HINT,
     FEATURES,
     IDS,
     LENGTH,
@@ -41,8 +42,6 @@ DEFAULT_UNITS = "all"
 
 OLDEST_MACOS = 15
 """The first macOS that has states and functions."""
-
-EXPORT_HINT = "Export it again: fastvlm-export --target coreml --out DIR --force"
 
 _INTERFACE: Mapping[tuple[str, str], Mapping[str, int]] = {
     (VISION, MAIN): {PIXELS: 4},

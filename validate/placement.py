@@ -16,7 +16,7 @@ from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..quantize.quiet import quiet_import
 from ..targets import coreml_session
-from ..targets.coreml_model import DECODER, EMBEDDING, VISION
+from ..targets.coreml_model import DECODER, EMBEDDING, EXPORT_HINT, VISION
 
 ORDER = (VISION, EMBEDDING, DECODER)
 """Packages as a prompt goes through them; any other comes after."""
@@ -157,7 +157,7 @@ def read_plan(
     if program is None:
         raise ExportError(
             f"{package} is no ML program, so Core ML places no operations of it.",
-            coreml_session.EXPORT_HINT,
+            EXPORT_HINT,
         )
     functions: Mapping[str, Any] = program.functions
     return tuple(
