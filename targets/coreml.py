@@ -107,7 +107,7 @@ def lower(
         apple_app.write(programs, spec, recipe, out)
         graphs = coreml_graphs.write_tower(programs["vision"], system, out / apple_app.PACKAGE)
         return Artifact(graphs=graphs, details=details)
-    chunk = min(CHUNK, spec.context)
+    chunk = max(2, min(CHUNK, spec.context))  # one row is what `decode` takes
     capacity = spec.context + chunk  # padding may be written behind the last position
     details |= {"prefill_chunk": chunk, "capacity": capacity}
     graphs = coreml_graphs.write(programs, spec, chunk, capacity, system, out)

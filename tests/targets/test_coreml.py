@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from fastvlm_export.targets.coreml_session import CoreMLSession
 from fastvlm_export.targets.eager import EagerSession, ProgramSession
 from fastvlm_export.validate.mil import open_model
 
-from .conftest import CONTEXT, lively_model, make_spec
+from .conftest import CONTEXT, byte_tokenizer, lively_model, make_spec
 
 with quiet_import():
     from coremltools.models import MLModel
@@ -334,3 +335,25 @@ def test_an_operator_without_translation_is_named() -> None:
     program = torch.export.export(Odd(), (torch.zeros(2),))
     with pytest.raises(NotImplementedError, match="bessel_j0"):
         Translator(program, [None], {}).run()
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_an_image_token_beyond_the_table_is_looked_up_like_its_last_row(
+    tmp_path: Path, recipe: str
+) -> None:
+    model = lively_model(byte_tokenizer().vocab_size, tied=False)
+    spec = make_spec(model)
+    assert spec.image_token_id == model.config.decoder.vocab_size
+    adapted = replace(coreml.adapt(RECIPES[recipe]), vision=Precision())
+    calibration = load_calibration(None) if needs_calibration(adapted) else None
+    folded = reparameterize(model).model
+    programs = quantize(folded, adapted, spec, calibration, lambda _: None).programs
+    path = tmp_path / "embedding.mlpackage"
+    embedding = coreml_graphs._embedding(programs["embedding"], spec)
+    coreml_graphs.save({coreml_model.MAIN: embedding}, "iOS18", path)
+    ids = np.array([[spec.image_token_id, spec.image_token_id - 1, 3]], np.int32)
+    rows = open_model(path, "main").predict({"input_ids": ids})["inputs_embeds"][0]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+    reference = ProgramSession(programs, spec.decoder, CONTEXT).embed(ids.astype(np.int64))[0]
+    assert worst(rows, reference) < 1e-6
