@@ -130,15 +130,15 @@ def limits_for(recipe: Recipe) -> Limits:
 
 
 # Nothing is rounded but float32's last bit, and both sides run PyTorch's own kernels: 3e-7 to 5e-7
-# was seen on the bundled model, 2.3e-6 at worst on the 0.5B at 1024 px with random weights. A
-# decoder layer's output times 1.001 moves the logits by 7e-5 of their peak.
+# was seen on the bundled model, 4.3e-6 at worst on the 0.5B with random weights; deeper models need
+# some room. A decoder layer's output times 1.001 moves the bundled model's logits by 7e-5.
 EXACT = replace(
     FLOAT32,
-    features=2e-5,
-    features_rms=2e-5,
-    features_noise=2e-5,
-    logits=2e-5,
-    logits_rms=2e-5,
+    features=4e-5,
+    features_rms=4e-5,
+    features_noise=4e-5,
+    logits=4e-5,
+    logits_rms=4e-5,
     worst_kl=1e-6,
     mean_kl=2e-7,
 )
