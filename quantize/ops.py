@@ -40,6 +40,17 @@ def round_activations(x: Tensor, activation_group: int) -> Tensor:
     return out
 
 
+def to_integers(
+    x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    """clamp(round(x / scale) + zero_point), half to even: ONNX's and Core ML's definition.
+
+    PyTorch's own operator multiplies by 1 / scale, which is off by a bit: of float16 numbers many
+    lie halfway between two integers, and land on the other side.
+    """
+    return ((x / scale).round() + zero_point).clamp(low, high).to(dtype)
+
+
 @torch.library.custom_op("fastvlm::quantized_linear", mutates_args=())
 def quantized_linear(
     x: Tensor,

@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from .ops import dequantize, round_activations
+from .ops import dequantize, round_activations, to_integers
 from .ranges import DEQUANTIZE_TENSOR, QUANTIZE, QUANTIZED_LINEAR, lifted
 
 Runnable = Callable[..., tuple[Tensor, ...]]
@@ -103,17 +103,10 @@ def _dequantize(x: Tensor, scale: float, zero_point: int, *_: Any) -> Tensor:
     return (x - zero_point) * scale
 
 
-def _integers(
-    x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype
-) -> Tensor:
-    return ((x / scale).round() + zero_point).clamp(low, high).to(dtype)
-
-
 EXACT = {QUANTIZE: _quantize, DEQUANTIZE_TENSOR: _dequantize}
 """What stands for operators whose results would be integers."""
-TYPED = {QUANTIZE: _integers}
-"""What ONNX's and Core ML's specifications say. PyTorch multiplies by 1 / scale, which is off by a
-bit: of float16 numbers many lie halfway between two integers, and land on the other side."""
+TYPED = {QUANTIZE: to_integers}
+"""As runtimes are told to compute, not as PyTorch does."""
 
 
 def _split_linear(graph: FxGraph, exact: bool) -> None:

@@ -22,6 +22,7 @@ from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
 from .activations import CONV, DEQUANTIZE, LINEAR, quantize_vision
 from .apply import decoder_inputs, same_weights
+from .ops import to_integers
 from .palettes import palettize, without
 from .recipes import EMBEDDING, HEAD, Method, Part, Recipe, part_of
 from .weights import (
@@ -58,7 +59,7 @@ class StaticLayer(nn.Module):
 def _rounded(x: Tensor, numbers: tuple[Any, ...] | None) -> Tensor:
     if numbers is None:
         return x
-    out: Tensor = _WIDEN(_ROUND(x, *numbers), *numbers)
+    out: Tensor = _WIDEN(to_integers(x, *numbers), *numbers)
     return out
 
 
