@@ -109,6 +109,12 @@ def _decoder(model: FastVLM, context: int) -> Graph:
     )
 
 
+def traced_inputs(program: ExportedProgram) -> list[Tensor]:
+    """Shapes and types of a program's own inputs, in order; there are no numbers in them."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    return [values[str(name)] for name in program.graph_signature.user_inputs]
+
+
 def export_program(graph: Graph) -> ExportedProgram:
     """Trace with torch.export; sizes of one name are one symbol."""
     symbols = {name: Dim(name) for axes in graph.dynamic.values() for name in axes.values()}

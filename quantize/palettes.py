@@ -5,7 +5,6 @@ tower and projector but for squeeze-and-excite, all of the decoder's linear laye
 the head. Depthwise convolutions and the stem's 3x3 hold next to no weights and stay float.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from ..exporter.model.fastvithd import SqueezeExcite
 from ..exporter.model.fastvlm import FastVLM
 from .kmeans import cluster
 from .ops import lookup, palettized_embedding
-from .recipes import EMBEDDING, HEAD, PALETTE_BITS, Activations, Precision, Recipe
+from .recipes import EMBEDDING, HEAD, PALETTE_BITS, Activations, Precision, Recipe, undivided
 from .toml_file import shown
 from .weights import LayerRecord
 
@@ -123,17 +122,9 @@ def problems(recipe: Recipe, rows: Mapping[str, int] | None) -> list[str]:
     for key, _, precision in recipe.settings:
         if precision.palettized:
             found += [f"{key}.{line}" for line in _precision_problems(precision)]
-    left: dict[tuple[str, int, int], list[str]] = defaultdict(list)
-    for layer, count in (rows or {}).items():
-        key, _, precision = recipe.setting(layer)
-        size = precision.group_size
-        if precision.palettized and size and count % size:
-            left[key, size, count].append(layer)
-    for (key, size, count), names in left.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    for key, size, count, names in undivided(recipe, rows or {}, lambda s: s.precision.palettized):
         found.append(
-            f"{key}.group_size is {size}: it does not divide the {count} output channels of "
-            f"{names[0]}{more}"
+            f"{key}.group_size is {size}: it does not divide the {count} output channels of {names}"
         )
     return found
 

@@ -19,6 +19,7 @@ from ..exporter.spec import ExportSpec
 from ..quantize.recipes import RECIPES, Recipe
 from . import apple_app, apple_app_recipes, coreml_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session
+from .coreml_model import OpenModel
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -116,11 +117,20 @@ def lower(
 
 def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target gives it
     """Load the packages into Core ML, on all compute units. Raises ExportError off a Mac."""
-    from .coreml_session import CoreMLSession, open_mlmodel  # noqa: PLC0415 - imports coremltools
+    from .coreml_session import open_mlmodel  # noqa: PLC0415 - imports coremltools
 
-    open_model = open_mlmodel("all")
+    return session(bundle, open_mlmodel())
+
+
+def session(bundle: Bundle, open_model: OpenModel, *, exact: bool = False) -> Session:
+    """The bundle's packages, whatever runs them, as the layout has them put together.
+
+    `exact`: `open_model` rounds nothing, and what is beside the packages shall not either.
+    """
+    from .coreml_session import CoreMLSession  # noqa: PLC0415 - imports coremltools
+
     if bundle.manifest.artifact.get("layout") == apple_app.LAYOUT:
-        return apple_app.AppleAppSession(bundle, open_model)
+        return apple_app.AppleAppSession(bundle, open_model, exact=exact)
     return CoreMLSession(bundle, open_model)
 
 
@@ -133,4 +143,5 @@ __all__ = [
     "open",
     "option_problems",
     "problems",
+    "session",
 ]

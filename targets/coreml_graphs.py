@@ -1,15 +1,16 @@
 """FastVLM's three graphs as Core ML packages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..exporter.graphs import traced_inputs
 from ..exporter.spec import ExportSpec
 from ..quantize.quiet import quiet_import
-from . import client_files, coreml_decoder, coreml_ops, coreml_quantized
+from . import apple_app, client_files, coreml_decoder, coreml_ops, coreml_quantized
 from .coreml_decoder import Cache
 from .coreml_lowering import Translator, Var
 from .coreml_model import (
@@ -35,9 +36,6 @@ from .coreml_package import FunctionSpec, Input, save
 
 with quiet_import():
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - its name everywhere
-
-APP_PIXELS = "images"
-"""What Apple's FastVLM app calls the pixels."""
 
 TRANSLATIONS = {**coreml_ops.TRANSLATIONS, **coreml_quantized.TRANSLATIONS}
 
@@ -79,16 +77,15 @@ def write(
 
 def write_tower(program: ExportedProgram, target: str, path: Path) -> Graphs:
     """Write the vision tower without the projector, named as Apple's FastVLM app reads it."""
-    tower = _vision(program, APP_PIXELS, before_projector=True)
+    tower = _vision(program, apple_app.IMAGES, before_projector=True)
     save({MAIN: tower}, target, path)
-    shape = [1, *unprojected(_static(program)).meta["val"].shape[1:]]
+    shape = [1, *map(int, unprojected(program).meta["val"].shape[1:])]
     return {f"{path.stem}.{MAIN}": _signature(tower, shape)}
 
 
 def _static(program: ExportedProgram) -> ExportedProgram:
     """The program for one image, where every size is a number."""
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    pixels = values[str(program.graph_signature.user_inputs[0])]
+    [pixels] = traced_inputs(program)
     shape = [1, *(int(size) for size in pixels.shape[1:])]
     module = program.module(check_guards=False)  # the traced sizes are examples
     with torch.no_grad():
@@ -126,14 +123,14 @@ def _vision(
     program: ExportedProgram, pixels: str, *, before_projector: bool = False
 ) -> FunctionSpec:
     static = _static(program)
-    first = next(n for n in static.graph.nodes if n.name == static.graph_signature.user_inputs[0])
     until = unprojected(static) if before_projector else None
 
     def body(inputs: Mapping[str, Var]) -> Var:
         out = Translator(static, [inputs[pixels]], TRANSLATIONS).run(until)
         return out if until is None else mb.cast(x=out, dtype="fp32")
 
-    shape = tuple(int(size) for size in first.meta["val"].shape)
+    [example] = traced_inputs(static)
+    shape = tuple(int(size) for size in example.shape)
     return FunctionSpec(inputs={pixels: Input(shape=shape)}, output=FEATURES, body=body)
 
 
@@ -150,7 +147,8 @@ def _decoder(program: ExportedProgram, spec: ExportSpec, size: int, capacity: in
     config = spec.decoder
     shape = (config.layers, 1, config.kv_heads, capacity, config.head_dim)
     states = [KEY_CACHE, VALUE_CACHE]
-    if _cache_type(program) is torch.float32:
+    first_key = traced_inputs(program)[2]
+    if first_key.dtype is torch.float32:
         states += [KEY_REST, VALUE_REST]
     inputs = {
         EMBEDS: Input(shape=(1, size, config.hidden_size)),
@@ -170,16 +168,10 @@ def _decoder(program: ExportedProgram, spec: ExportSpec, size: int, capacity: in
     )
 
 
-def _cache_type(program: ExportedProgram) -> torch.dtype:
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    dtype: torch.dtype = values[str(program.graph_signature.user_inputs[2])].dtype
-    return dtype
-
-
-def _signature(function: FunctionSpec, output: list[int | str]) -> dict[str, dict[str, str]]:
+def _signature(function: FunctionSpec, output: Sequence[int | str]) -> dict[str, dict[str, str]]:
     """For the manifest: inputs, states and outputs -> name -> "float32[1,3,256,256]"."""
 
-    def written(kind: str, shape: tuple[int | str, ...] | list[int | str]) -> str:
+    def written(kind: str, shape: Sequence[int | str]) -> str:
         return f"{kind}[{','.join(map(str, shape))}]"
 
     found = {

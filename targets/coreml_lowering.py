@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from ..quantize.quiet import quiet_import
+from ..quantize.ranges import lifted
 
 with quiet_import():
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - its name everywhere
@@ -47,15 +47,11 @@ class Translator:
         self.program = program
         self.translations = translations
         self.values: dict[Node, Any] = {}
-        self.constants: dict[Node, Tensor] = {}
-        by_name = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        given = iter(inputs)
-        for spec in program.graph_signature.input_specs:
-            node = by_name[spec.arg.name]
-            if spec.kind is InputKind.USER_INPUT:
-                self.values[node] = next(given)
-            else:
-                self.constants[node] = _stored(program, str(spec.target))
+        # Constants come first, then the user's inputs.
+        tensors = lifted(program)
+        places = [node for node in program.graph.nodes if node.op == "placeholder"]
+        self.constants = {n: t.detach() for n, t in zip(places, tensors, strict=False)}
+        self.values.update(zip(places[len(tensors) :], inputs, strict=True))
 
     def run(self, until: Node | None = None) -> Var:
         """Write every node as far as `until`; returns its value, else the first output."""
@@ -103,11 +99,6 @@ class Translator:
     def is_constant(self, value: Any) -> bool:
         """Whether a node's numbers are stored."""
         return isinstance(value, Node) and value in self.constants
-
-
-def _stored(program: ExportedProgram, target: str) -> Tensor:
-    found: Tensor = {**program.constants, **program.state_dict}[target]
-    return found.detach()
 
 
 def traced_type(node: Node) -> torch.dtype:

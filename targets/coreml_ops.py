@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx import Node
 
 from ..quantize.quiet import quiet_import
-from .coreml_lowering import LAST, Translation, Translator, Var, mil_type, numpy_type, traced_type
+from .coreml_lowering import Translation, Translator, Var, mil_type, numpy_type, traced_type
 
 with quiet_import():
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - its name everywhere
@@ -156,13 +156,6 @@ def _attention(t: Translator, node: Node) -> Var:
     return mb.scaled_dot_product_attention(query=query, key=key, value=value, name=node.name)
 
 
-def _slice(t: Translator, node: Node) -> Var:
-    start, end = _argument(node, 2, "start"), _argument(node, 3, "end")
-    if not start and (end is None or end == LAST):
-        return t.var(node.args[0])
-    raise NotImplementedError(f"{node.format_node()}")
-
-
 def _nothing(_: Translator, __: Node) -> None:
     return None
 
@@ -200,7 +193,6 @@ TRANSLATIONS: Mapping[str, Translation] = {
     "aten.permute.default": _permute,
     "aten.unsqueeze.default": _unsqueeze,
     "aten.unbind.int": _unbind,
-    "aten.slice.Tensor": _slice,
     "aten._assert_tensor_metadata.default": _nothing,
     str(operator.getitem): _getitem,
 }

@@ -14,6 +14,13 @@ from torch.fx import Node
 
 from ..quantize.ops import FLOAT_ACTIVATIONS
 from ..quantize.quiet import quiet_import
+from ..quantize.ranges import (
+    DEQUANTIZE_TENSOR,
+    DEQUANTIZE_WEIGHT,
+    LOOKUP,
+    QUANTIZE,
+    QUANTIZED_LINEAR,
+)
 from .coreml_lowering import Translation, Translator, Var, numpy, numpy_type, traced_type
 
 with quiet_import():
@@ -128,12 +135,12 @@ def _palettized_embedding(t: Translator, node: Node) -> Var:
 
 
 TRANSLATIONS: Mapping[str, Translation] = {
-    "fastvlm.quantized_linear.default": _quantized_linear,
+    QUANTIZED_LINEAR: _quantized_linear,
     "fastvlm.quantized_embedding.default": _quantized_embedding,
-    "fastvlm.lookup.default": _lookup,
+    LOOKUP: _lookup,
     "fastvlm.palettized_embedding.default": _palettized_embedding,
-    "quantized_decomposed.quantize_per_tensor.default": _quantize,
-    "quantized_decomposed.dequantize_per_tensor.default": _dequantize,
-    "quantized_decomposed.dequantize_per_channel.default": _per_channel,
+    QUANTIZE: _quantize,
+    DEQUANTIZE_TENSOR: _dequantize,
+    DEQUANTIZE_WEIGHT: _per_channel,
 }
 """Operator -> how it is written."""

@@ -9,11 +9,11 @@ from ..quantize.recipes import (
     RECIPES,
     Activations,
     Float,
-    Method,
     Part,
     Precision,
     Recipe,
     Setting,
+    undivided,
 )
 from ..quantize.toml_file import shown
 
@@ -66,7 +66,7 @@ def _line(key: str, value: object, can: str) -> str:
 
 def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
     key, precision = setting.key, setting.precision
-    if precision.bits is None or precision.method is Method.PALETTE:
+    if precision.bits is None or precision.palettized:
         return
     if precision.bits not in BITS or (part is Part.VISION and precision.bits != 8):
         can = "8 bits for the vision part" if part is Part.VISION else "4 or 8 bits"
@@ -91,16 +91,9 @@ def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
 
 def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
     """Group sizes that leave a rest: one line for all layers of a setting and width."""
-    left: dict[tuple[str, int, int], list[str]] = {}
-    for layer, width in layers.items():
-        setting = recipe.setting(layer)
-        size, precision = setting.precision.group_size, setting.precision
-        integers = precision.bits and precision.method is not Method.PALETTE
-        if integers and size and width % size:
-            left.setdefault((setting.key, size, width), []).append(layer)
-    for (key, size, width), names in left.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    integers = lambda setting: not setting.precision.palettized  # noqa: E731 - tables: `palettes`
+    for key, size, width, names in undivided(recipe, layers, integers):
         yield (
             f"{key}.group_size is {size}: it does not divide the input width {width} of "
-            f"{names[0]}{more}; target 'coreml' takes a size that does, or {shown(PER_CHANNEL)}"
+            f"{names}; target 'coreml' takes a size that does, or {shown(PER_CHANNEL)}"
         )

@@ -22,12 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..quantize.ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, LOOKUP, QUANTIZE
+from ..quantize.ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, LOOKUP, QUANTIZE, lifted
 from .coreml_lowering import numpy, traced_type
 
 ATTENTION = "fastvlm.cached_attention.default"
@@ -124,15 +123,11 @@ class _Collector:
     """Goes over the operators that are run, and notes what each reads of what is stored."""
 
     def __init__(self, program: ExportedProgram, capacity: int) -> None:
-        tensors = {**program.constants, **program.state_dict}
-        nodes = {node.name: node for node in program.graph.nodes}
-        self.names: dict[Node, str] = {}
-        self.values: dict[Node, Tensor] = {}
-        for spec in program.graph_signature.input_specs:
-            if spec.kind is not InputKind.USER_INPUT:
-                node = nodes[spec.arg.name]
-                self.names[node] = str(spec.target)
-                self.values[node] = tensors[str(spec.target)].detach()
+        specs = program.graph_signature.input_specs
+        places = [node for node in program.graph.nodes if node.op == "placeholder"]
+        # Constants come first, then the user's inputs.
+        self.values = {n: t.detach() for n, t in zip(places, lifted(program), strict=False)}
+        self.names = {n: str(s.target) for n, s in zip(self.values, specs, strict=False)}
         self.constant: set[Node] = set(self.values)
         for node in program.graph.nodes:
             made_of = node.all_input_nodes if node.op == "call_function" else ()

@@ -7,6 +7,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..exporter.config import DecoderConfig
+from ..exporter.graphs import traced_inputs
 from ..exporter.model.decoder import CacheInputsDecoder
 from ..exporter.model.fastvlm import FastVLM
 from ..quantize.runnable import Runnable, runnable
@@ -90,9 +91,7 @@ class ProgramSession(TorchSession):
         *,
         exact: bool = False,
     ) -> None:
-        decoder = programs["decoder"]
-        first_key = decoder.graph_signature.user_inputs[2]
-        values = {node.name: node.meta.get("val") for node in decoder.graph.nodes}
-        cache_type = torch.float32 if exact else values[str(first_key)].dtype
+        first_key = traced_inputs(programs["decoder"])[2]
+        cache_type = torch.float32 if exact else first_key.dtype
         functions = {name: runnable(program, exact=exact) for name, program in programs.items()}
         super().__init__(functions, config, context, cache_type)

@@ -1,6 +1,5 @@
 """Which recipes ONNX files and ONNX Runtime's kernels can express."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..quantize.recipe_file import PER_CHANNEL
@@ -15,6 +14,7 @@ from ..quantize.recipes import (
     Precision,
     Recipe,
     Setting,
+    undivided,
 )
 from ..quantize.toml_file import shown
 
@@ -119,19 +119,15 @@ def _written(name: str, precision: Precision) -> str:
 
 def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
     """Group sizes that leave a rest: one line for all layers of a setting and width."""
-    left: dict[tuple[str, int, int], list[str]] = defaultdict(list)
-    for layer, width in layers.items():
-        key, (part,), precision = recipe.setting(layer)
-        size = precision.group_size
-        integers = precision.bits and not precision.palettized
-        if integers and size and width % size and part in _LINEAR:
-            left[key, size, width].append(layer)
-    for (key, size, width), names in left.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+    def in_groups(setting: Setting) -> bool:
+        return not setting.precision.palettized and setting.parts[0] in _LINEAR
+
+    for key, size, width, names in undivided(recipe, layers, in_groups):
         fit = " or ".join(str(block) for block in BLOCK_SIZES if width % block == 0)
         can = f"{fit}, or" if fit else "only"
         yield (
             f"{key}.group_size is {size}: it does not divide the input width {width} of "
-            f"{names[0]}{more}, where target 'onnx' takes {can} "
+            f"{names}, where target 'onnx' takes {can} "
             f"{shown(PER_CHANNEL)} with 8 bits"
         )

@@ -14,9 +14,6 @@ from ..quantize.recipes import recorded
 from ..targets import TargetName
 from ..targets.base import Session
 
-LAYOUT = "layout"
-"""The manifest's key for the client that a Core ML bundle is for."""
-
 NAMES: dict[str, str] = {TargetName.ONNX: "ONNX Runtime", TargetName.COREML: "Core ML"}
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
@@ -101,20 +98,14 @@ def open_session(
 
 def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
     """The packages in the MIL reference interpreter."""
-    from ..targets import apple_app, coreml_session  # noqa: PLC0415 - with their runtimes
+    from ..targets import coreml  # noqa: PLC0415 - with its runtime
     from . import mil  # noqa: PLC0415 - imports coremltools
 
-    opener = functools.partial(mil.open_model, exact=exact)
-    if bundle.manifest.artifact.get(LAYOUT) == apple_app.LAYOUT:
-        return apple_app.AppleAppSession(bundle, opener, exact=exact)
-    return coreml_session.CoreMLSession(bundle, opener)
+    return coreml.session(bundle, functools.partial(mil.open_model, exact=exact), exact=exact)
 
 
 def _on_units(bundle: Bundle, compute_units: str) -> Session:
     """The packages in Core ML, on the compute units that are named."""
-    from ..targets import apple_app, coreml_session  # noqa: PLC0415 - with their runtimes
+    from ..targets import coreml, coreml_session  # noqa: PLC0415 - with their runtimes
 
-    opener = coreml_session.open_mlmodel(compute_units)
-    if bundle.manifest.artifact.get(LAYOUT) == apple_app.LAYOUT:
-        return apple_app.AppleAppSession(bundle, opener)
-    return coreml_session.CoreMLSession(bundle, opener)
+    return coreml.session(bundle, coreml_session.open_mlmodel(compute_units))
