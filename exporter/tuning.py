@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import targets
 from ..quantize import palettes, recipe_file
 from ..quantize.calibration import Calibration, pixels
 from ..quantize.calibration import load as load_calibration
 from ..quantize.recipes import Recipe, unused_rules
 from ..quantize.weights import check_groups, layer_names, layer_widths
-from ..targets import coreml_recipes, onnx_recipes
+from ..targets import TargetName
 from ..validate import sensitivity_mix as mixing
 from ..validate import sensitivity_report as reports
 from ..validate.sensitivity import POSITIONS, prompts
@@ -205,7 +206,7 @@ def _check_layers(recipe: Recipe, model: FastVLM, *, with_budget: bool) -> None:
     hint = "Change the recipe."
     if with_budget:
         # Upgrades give nothing that the target cannot express, so the recipe itself decides.
-        target = coreml_recipes if recipe.palettized else onnx_recipes
+        target = targets.get(TargetName.COREML if recipe.palettized else TargetName.ONNX)
         found += target.problems(recipe, widths, tied=model.config.decoder.tied)
         hint = "Change the recipe, or leave out --budget: a mixed recipe is for exporting."
     if found:

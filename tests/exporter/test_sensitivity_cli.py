@@ -10,6 +10,7 @@ from fastvlm_export.exporter import tuning
 from fastvlm_export.exporter.source import SourceRequest
 from fastvlm_export.quantize import recipe_file
 from fastvlm_export.quantize.recipes import EMBEDDING, HEAD
+from fastvlm_export.targets import coreml
 from fastvlm_export.validate.sensitivity import POSITIONS
 
 from .test_cli import Run, run
@@ -120,3 +121,13 @@ def test_a_mixed_recipe_that_onnx_cannot_express_is_refused_before_work(tmp_path
     )
     with pytest.raises(tuning.ExportError, match="matches no layer"):
         tuning.sensitivity(dataclasses.replace(request, budget=None, out=None))
+
+
+def test_lookup_tables_are_mixed_for_the_target_that_has_them(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "mixed.toml"
+    arguments = ("sensitivity", "--recipe", "lut6", "--prompts", 1, "--budget", "0.5%")
+    done = run(*arguments, "--out", out)
+    assert done.code == 0, done.err
+    mixed = recipe_file.find(str(out))
+    assert mixed.palettized
+    assert coreml.problems(mixed, None) == []
