@@ -73,11 +73,14 @@ class Artifact:
 class Options:
     """What a user may choose about a target's files besides the recipe. None: its default.
 
-    `layout` is the client that the folder is for, `deployment_target` the oldest system.
+    `layout` is the client that the folder is for, `deployment_target` the oldest system, `backend`
+    what computes inside of the runtime; `external_weights`: large weights in a file of their own.
     """
 
     layout: str | None = None
     deployment_target: str | None = None
+    backend: str | None = None
+    external_weights: bool | None = None
 
 
 DEFAULTS = Options()

@@ -1,0 +1,46 @@
+"""Traced methods -> one ExecuTorch program, what a backend takes handed over to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ..quantize.quiet import quiet_import
+
+with quiet_import():
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """The files' contents; `ptd` is None where every weight is in the program."""
+
+    pte: bytes
+    ptd: bytes | None = None
+
+
+def lower(
+    methods: Mapping[str, ExportedProgram],
+    partitioners: Mapping[str, Sequence[Any]],
+    constants: Mapping[str, Any],
+) -> Lowered:
+    """Hand each method's operators to its partitioners, and serialize what comes out.
+
+    `constants` become methods without inputs, for clients to ask.
+    """
+    with torch.no_grad():
+        edge = to_edge_transform_and_lower(
+            dict(methods),
+            partitioner={name: list(found) for name, found in partitioners.items()},
+            constant_methods=dict(constants),
+            # int32 biases and int8 pairs are XNNPACK's to check: Edge knows only ATen's types.
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+        program = edge.to_executorch(ExecutorchBackendConfig())
+    return Lowered(pte=bytes(program.buffer))
