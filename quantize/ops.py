@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FLOAT_ACTIVATIONS, PER_TOKEN = 0, -1
+FLOAT_ACTIVATIONS, PER_TOKEN, AFFINE = 0, -1, -2
 """Values of `activation_group` that are not a number of values."""
 
 CHUNK = 2**23  # values looked up at once: 32-bit places of a whole table would be its size again
@@ -28,16 +28,40 @@ def dequantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tens
 def round_activations(x: Tensor, activation_group: int) -> Tensor:
     """Symmetric 8-bit rounding of [...,K], one scale per token (-1) or per so many values; 0: none.
 
-    q = round(x / s) with s = max|x| / 127, half to even.
+    q = round(x / s) with s = max|x| / 127, half to even. -2: `round_affine`.
     """
     if activation_group == FLOAT_ACTIVATIONS:
         return x
+    if activation_group == AFFINE:
+        return round_affine(x)
     size = x.shape[-1] if activation_group == PER_TOKEN else activation_group
     groups = x.unflatten(-1, (-1, size))
     scale = groups.abs().amax(-1, keepdim=True) / 127
     rounded = torch.round(groups / torch.where(scale > 0, scale, 1.0))
     out: Tensor = (rounded * scale).flatten(-2)
     return out
+
+
+def round_affine(x: Tensor) -> Tensor:
+    """Asymmetric 8-bit rounding of [...,K], one scale and zero point per token: XNNPACK's qd8.
+
+    With r = 255 / (max - min), both taken with 0 among the values, q = round(x r) + z in -128..127
+    and x becomes (q - z) / r, in this order of float32 operations, half to even. Of the zero points
+    that put an end of the range on its integer, -128 - min r and 127 - max r, z is the rounded one
+    of the end that is nearer to 0. Tokens whose scale 1 / r is no normal number become zeros.
+    """
+    wide = x.float()
+    low = wide.amin(-1, keepdim=True).clamp(max=0)
+    high = wide.amax(-1, keepdim=True).clamp(min=0)
+    # PyTorch multiplies a number over a tensor by the reciprocal, which rounds twice.
+    inverse = torch.full_like(low, 255) / torch.where(high > low, high - low, 255.0)
+    scale = 1 / inverse
+    least, greatest = low * inverse, high * inverse
+    by_least = (-128 + least) + (127 + greatest) > 0
+    zero_point = torch.where(by_least, -128 - least, 127 - greatest).clamp(-128, 127).round()
+    integers = (wide * inverse).round().add_(zero_point).clamp_(-128, 127).sub_(zero_point)
+    normal = scale >= torch.finfo(torch.float32).smallest_normal
+    return torch.where(normal, integers * scale, 0.0).to(x.dtype)
 
 
 def to_integers(
@@ -65,7 +89,7 @@ def quantized_linear(
 
     x [...,K] float; weight [N,K] int8 holding `bits`-bit integers (signed); scale [N,G] float,
     zero_point [N,G] int8 or None; bias [N] float or None; `activation_group` 0: x as it is,
-    -1: one scale per token, else so many values per scale.
+    -1: one scale per token, -2: one scale and zero point per token, else so many values per scale.
     """
     return F.linear(
         round_activations(x, activation_group), dequantize(weight, scale, zero_point), bias
