@@ -3,6 +3,7 @@
     python benchmarks/recipes.py                                             the bundled model
     python benchmarks/recipes.py --random fastvlm-0.5b --resolution 1024     sizes and speeds
     python benchmarks/recipes.py --target coreml                             timed on a Mac only
+    python benchmarks/recipes.py --target executorch --backend portable
 
 Each recipe is exported and proven by the command itself, in a process of its own; its report gives
 size, loss and error. Then the bundles are timed side by side, one after the other in every round,
@@ -22,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvlm_export import targets
+from fastvlm_export.exporter import listing
 from fastvlm_export.exporter.bundle import open_bundle
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.prompt import prompt_ids
 from fastvlm_export.exporter.samples import samples
 from fastvlm_export.exporter.tokenizer import read_tokenizer
-from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.targets.base import Options
 from fastvlm_export.validate import latency
 from fastvlm_export.validate.latency import Backend, LatencyResult, Plan
 from fastvlm_export.validate.sessions import runs_here
@@ -45,6 +47,7 @@ def main(
     random: Annotated[str | None, typer.Option(help="Random weights at full size.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Image side in pixels.")] = None,
     target: Annotated[str, typer.Option(help="What to export to.")] = "onnx",
+    backend: Annotated[str | None, typer.Option(help="ExecuTorch only.")] = None,
     recipe: Annotated[
         list[str] | None, typer.Option(help="Default: every built-in that the target takes.")
     ] = None,
@@ -52,16 +55,18 @@ def main(
     reuse: Annotated[bool, typer.Option("--reuse", help="Time what is there.")] = False,
 ) -> None:
     """Print one table: a line a recipe."""
-    names = recipe or _taken(target)
+    chosen = Options(backend=backend)
+    names = recipe or listing.recipes(targets.get(target), chosen)
     options = ["--target", target]
+    options += ["--backend", backend] if backend else []
     options += ["--random", random] if random else []
     options += ["--resolution", str(resolution)] if resolution else []
     reports = {name: _export(name, out / name, options, reuse) for name in names}
-    runtime = runs_here(target)
+    runtime = runs_here(target, backend)
     timed = None
     if runtime and runtime.device:
         timed = _measure({name: Path(path) for name, (path, _) in reports.items()}, runs)
-    title = f"{random or 'fastvlm-digits'}, {target}"
+    title = ", ".join(filter(None, (random or "fastvlm-digits", target, backend)))
     table = Table(
         title=f"{title}, {timed.machine.cpu}, {timed.threads} threads" if timed else title
     )
@@ -70,11 +75,6 @@ def main(
     for name, (_, report) in reports.items():
         table.add_row(*_line(name, report), *(_timings(name, timed) if timed else []))
     Console(width=200).print(table)
-
-
-def _taken(target: str) -> list[str]:
-    one = targets.get(target)
-    return [n for n, recipe in RECIPES.items() if not one.problems(one.adapt(recipe), None)]
 
 
 def _export(recipe: str, out: Path, options: list[str], reuse: bool) -> tuple[str, dict[str, Any]]:

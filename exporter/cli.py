@@ -121,6 +121,14 @@ def export(
     deployment_target: Annotated[
         str | None, typer.Option(help="Core ML: the oldest system, such as iOS18.")
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="ExecuTorch: xnnpack (default), portable, coreml, vulkan or qnn."),
+    ] = None,
+    external_weights: Annotated[
+        bool | None,
+        typer.Option("--external-weights", help="ExecuTorch: the weights in a file of their own."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -146,7 +154,12 @@ def export(
         images=tuple(image or ()),
         force=force,
         plan=Plan(runs=runs, least_runs=min(runs, 3), loads=1),
-        options=Options(layout=layout, deployment_target=deployment_target),
+        options=Options(
+            layout=layout,
+            deployment_target=deployment_target,
+            backend=backend,
+            external_weights=external_weights or None,
+        ),
     )
     outcomes = with_progress(quiet, lambda bars: pipeline.export(request, bars))
     _finish(outcomes, as_json=as_json, quiet=quiet)
@@ -331,29 +344,10 @@ def sensitivity(
 @app.command("targets")
 def list_targets(as_json: AsJson = False) -> None:
     """List the targets: what each can do here, and which recipes it takes."""
-    from .. import targets as formats  # noqa: PLC0415
-    from ..quantize.recipes import RECIPES  # noqa: PLC0415
-    from ..validate import sessions, terminal  # noqa: PLC0415 - imports NumPy
+    from ..validate import terminal  # noqa: PLC0415 - imports NumPy
+    from . import listing  # noqa: PLC0415 - likewise
 
-    rows = []
-    for name in formats.TargetName:
-        target = formats.get(name)
-        here, runtime = target.availability(), sessions.runs_here(name)
-        rows.append(
-            {
-                "target": str(name),
-                "lower": here.lower,
-                "run": here.run,
-                "runtime": runtime.name if runtime else None,
-                "recipes": [
-                    recipe
-                    for recipe, values in RECIPES.items()
-                    if not target.problems(target.adapt(values), None)
-                ],
-                "versions": dict(here.versions),
-                "remedy": here.remedy,
-            }
-        )
+    rows = listing.rows()
     if as_json:
         _print_json(rows)
     else:

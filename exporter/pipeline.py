@@ -29,7 +29,7 @@ from ..validate.proof import (
 )
 from ..validate.report import Example, Export, Folding, Report
 from ..validate.report import files_of as report_files
-from ..validate.sessions import NOT_TIMED, has_exact, runtime
+from ..validate.sessions import has_exact, not_timed, runtime
 from ..validate.stored import NOT_COMPARED, has_stored
 from . import bundle as bundles
 from . import doctor, prompt
@@ -352,7 +352,7 @@ def _report(
         stored_note=NOT_COMPARED if has_stored(bundle) and proof.stored is None else "",
         accuracy=proof.accuracy,
         latency=proof.latency,
-        latency_note="" if where.device else NOT_TIMED,
+        latency_note=not_timed(bundle),
         runtime=where,
         examples=_examples(checkpoint, proof, images),
     )

@@ -1,8 +1,8 @@
 """What every target provides, and the one interface that every artifact opens as."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -84,6 +84,24 @@ class Options:
 
 
 DEFAULTS = Options()
+
+
+def foreign_options(options: Options, target: str, own: Collection[str] = ()) -> list[str]:
+    """A line for each option that is given and not one of the target's own fields."""
+    given = {
+        field.name: value
+        for field in fields(Options)
+        if (value := getattr(options, field.name)) is not None and field.name not in own
+    }
+    return [
+        f"{flag(name)}{'' if value is True else f' {value}'}: target '{target}' has no such choice"
+        for name, value in given.items()
+    ]
+
+
+def flag(name: str) -> str:
+    """A field of `Options` as the command line calls it."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Target(Protocol):

@@ -18,7 +18,7 @@ from ..exporter.bundle import Bundle
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import RECIPES, Recipe
 from . import apple_app, apple_app_recipes, coreml_recipes
-from .base import DEFAULTS, Artifact, Availability, Options, Session
+from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
 from .coreml_model import OpenModel
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def availability() -> Availability:
 
 
 def option_problems(options: Options) -> list[str]:
-    """Unknown layouts, and systems without states or blockwise weights."""
-    found = []
+    """Unknown layouts, systems without states or blockwise weights, other targets' choices."""
+    found = foreign_options(options, "coreml", ("layout", "deployment_target"))
     if options.layout and options.layout not in LAYOUTS:
         found.append(f"--layout {options.layout}: target 'coreml' has {', '.join(LAYOUTS)}")
     if options.deployment_target and options.deployment_target.lower() not in SYSTEMS:

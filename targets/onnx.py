@@ -11,7 +11,7 @@ from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Float, Recipe
 from . import onnx_recipes
-from .base import DEFAULTS, Artifact, Availability, Options, Session
+from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -64,12 +64,7 @@ def adapt(recipe: Recipe, options: Options = DEFAULTS) -> Recipe:
 
 def option_problems(options: Options) -> list[str]:
     """One folder serves every client here."""
-    given = {"--layout": options.layout, "--deployment-target": options.deployment_target}
-    return [
-        f"{name} {value}: target 'onnx' has no such choice"
-        for name, value in given.items()
-        if value
-    ]
+    return foreign_options(options, "onnx")
 
 
 def problems(

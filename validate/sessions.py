@@ -1,7 +1,8 @@
 """How a bundle runs on this machine: in its own runtime, or in a reference interpreter of it.
 
-Core ML runs on a Mac only. Anywhere else its packages are opened by the MIL reference interpreter,
-which computes what the saved program says; its numbers are no device's, and it is never timed.
+Core ML runs on a Mac only. Anywhere else its packages, and what an ExecuTorch program hands over to
+it, are opened by the MIL reference interpreter, which computes what the saved program says; its
+numbers are no device's, and it is never timed.
 """
 
 import functools
@@ -13,8 +14,13 @@ from ..exporter.errors import ExportError
 from ..quantize.recipes import recorded
 from ..targets import TargetName
 from ..targets.base import Session
+from ..targets.executorch_model import Backend
 
-NAMES: dict[str, str] = {TargetName.ONNX: "ONNX Runtime", TargetName.COREML: "Core ML"}
+NAMES: dict[str, str] = {
+    TargetName.ONNX: "ONNX Runtime",
+    TargetName.COREML: "Core ML",
+    "executorch": "ExecuTorch",
+}
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
 
@@ -32,14 +38,30 @@ NOT_TIMED = (
     "Latency is not measured here: the interpreter says what the packages compute, not how fast. "
     "On a Mac: fastvlm-export bench BUNDLE"
 )
+DELEGATES_NOT_TIMED = (
+    "Latency is not measured here: the interpreter says what the delegates compute, not how fast. "
+    "On an iPhone or a Mac: see examples/ios"
+)
 
 
-def runs_here(target: str) -> Runtime | None:
-    """What runs a target's bundles on this machine; None where nothing does."""
+def runs_here(target: str, backend: str | None = None) -> Runtime | None:
+    """What runs a target's bundles on this machine; None where nothing does.
+
+    `backend`: what an ExecuTorch program hands its operators over to; None: its default.
+    """
     here = targets.get(target).availability()
+    if target == "executorch" and backend == Backend.COREML:
+        return INTERPRETER if here.run else None
     if here.run:
         return Runtime(name=NAMES.get(target, target), device=True)
     return INTERPRETER if target in SIMULATED and here.lower else None
+
+
+def not_timed(bundle: Bundle) -> str:
+    """Why the bundle has no times here, and how to get some; empty where it can be timed."""
+    if runtime(bundle).device:
+        return ""
+    return NOT_TIMED if bundle.manifest.target == TargetName.COREML else DELEGATES_NOT_TIMED
 
 
 def can_run(target: str) -> bool:
@@ -49,8 +71,8 @@ def can_run(target: str) -> bool:
 
 def runtime(bundle: Bundle) -> Runtime:
     """What `open_session` runs this bundle in. Raises ExportError where nothing can."""
-    target = bundle.manifest.target
-    found = runs_here(target)
+    target, backend = bundle.manifest.target, bundle.manifest.artifact.get("backend")
+    found = runs_here(target, str(backend) if backend else None)
     if found is None:
         raise ExportError(
             f"Target '{target}' can't be run here.", targets.get(target).availability().remedy

@@ -1,7 +1,7 @@
 """The same findings as tables for a terminal."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -200,25 +200,29 @@ def facts(found: Mapping[str, object], title: str) -> Table:
     return table
 
 
-def targets(rows: Sequence[Mapping[str, object]]) -> Table:
-    """What each target can do here."""
+def targets(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What each target can do here, and below it each of its backends where it has a choice."""
     table = _table("Targets")
     for name in ("Target", "Export here", "Run here", "Recipes", "Versions, or what to do"):
         table.add_column(name)
     for row in rows:
         found = ", ".join(formats.lines(row["versions"]))
-        table.add_row(
-            Text(str(row["target"]), "bold"),
-            _yes(row["lower"]),
-            _runs(row),
-            ", ".join(formats.lines(row["recipes"])),
-            Text(str(row["remedy"] or found)),
-        )
+        table.add_row(*_target(row, Text(str(row["target"]), "bold"), found))
+        for backend in row["backends"]:
+            table.add_row(*_target(backend, Text(f"  --backend {backend['backend']}")))
     return table
 
 
-def _runs(row: Mapping[str, object]) -> Text:
-    """Whether a target's bundles run here, or what stands in for their runtime."""
+def _target(row: Mapping[str, Any], name: Text, found: str = "") -> Iterator[RenderableType]:
+    yield name
+    yield _yes(row["lower"])
+    yield _runs(row)
+    yield ", ".join(row["recipes"])
+    yield Text(row["remedy"] or found)
+
+
+def _runs(row: Mapping[str, Any]) -> Text:
+    """Whether bundles of a target or backend run here, or what stands in for their runtime."""
     if row["runtime"] and not row["run"]:
         return Text(str(row["runtime"]), "yellow")
     return _yes(row["run"])
