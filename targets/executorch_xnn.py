@@ -1,0 +1,87 @@
+"""XNNPACK's graphs, as the delegates of a program hold them."""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from ..quantize.quiet import quiet_import
+from .executorch_flatbuffer import DamagedError, Schema, Table, installed_schema, read_table
+from .executorch_layout import cut, damage_named, item
+
+if TYPE_CHECKING:
+    from .executorch_file import Delegate
+
+XNNPACK = "XnnpackBackend"
+"""The backend's name in a program."""
+
+
+@functools.cache
+def _schema() -> Schema:
+    return installed_schema("backends/xnnpack/serialization/schema.fbs")
+
+
+def xnn_graph(delegate: "Delegate") -> Any:
+    """The graph of an XNNPACK delegate, as `XNNGraph` of `xnnpack_graph_schema`.
+
+    Raises ExportError where the payload is none, or names what that schema does not have.
+    """
+    with damage_named(delegate.file.source):
+        payload, start, size, _, _ = _parts(delegate)
+        table = read_table(cut(payload, start, size, "XNNPACK's graph"), _schema(), "XNNGraph")
+        return _as_dataclass(table)
+
+
+def xnn_constant(delegate: "Delegate", graph: Any, index: int) -> memoryview:
+    """The bytes of a constant, by the index that values and scales of the graph give.
+
+    They are in the payload itself or among the file's named data. Raises ExportError.
+    """
+    with damage_named(delegate.file.source):
+        if index == 0:
+            raise DamagedError("XNNPACK's constant 0 is asked for, which is none")
+        place = item(graph.constant_data, index, "XNNPACK's constant")
+        if place.named_key:
+            data = delegate.file.named_data(place.named_key)
+            return cut(data, 0, place.size or len(data), f"XNNPACK's constant {index}")
+        payload, _, _, start, size = _parts(delegate)
+        constants = cut(payload, start, size, "XNNPACK's constants")
+        return cut(constants, place.offset, place.size, f"XNNPACK's constant {index}")
+
+
+def _parts(delegate: "Delegate") -> tuple[memoryview, int, int, int, int]:
+    """Payload, place and size of its graph, place and size of its constants.
+
+    Behind four zeros: `XH00`, the header's length (uint16), then place and size of the graph
+    (uint32 each), of the constants (uint32, uint64).
+    """
+    payload = delegate.processed
+    header = cut(payload, 0, 30, "XNNPACK's header")
+    if delegate.backend != XNNPACK or bytes(header[4:8]) != b"XH00":
+        raise DamagedError(f"a delegate of {delegate.backend} is no graph of XNNPACK")
+    graph, size, constants = (int.from_bytes(header[at : at + 4], "little") for at in (10, 14, 18))
+    return payload, graph, size, constants, int.from_bytes(header[22:30], "little")
+
+
+def _as_dataclass(table: Table) -> Any:
+    """A table as the class of its name; what the class does not know stays out."""
+    with quiet_import():
+        from executorch.backends.xnnpack.serialization import (  # noqa: PLC0415 - imports torch
+            xnnpack_graph_schema,
+        )
+    kinds = {"datatype": xnnpack_graph_schema.XNNDatatype}
+
+    def converted(name: str, value: Any) -> Any:
+        if isinstance(value, Table):
+            kind = getattr(xnnpack_graph_schema, value.kind)
+            names = [one.name for one in dataclasses.fields(kind)]
+            return kind(
+                **{one: converted(one, value.fields[one]) for one in names if one in value.fields}
+            )
+        if isinstance(value, list):
+            return [converted(name, one) for one in value]
+        return kinds[name](value) if name in kinds else value
+
+    try:
+        return converted("", table)
+    except (TypeError, ValueError) as error:  # a required field, or an unknown type
+        raise DamagedError(f"XNNPACK's graph has {error}") from error
