@@ -350,6 +350,7 @@ def _report(
         exact=proof.exact,
         stored=proof.stored,
         stored_note=NOT_COMPARED if has_stored(bundle) and proof.stored is None else "",
+        placement=proof.placement,
         accuracy=proof.accuracy,
         latency=proof.latency,
         latency_note=not_timed(bundle),

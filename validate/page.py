@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, Template
 from PIL import Image
 
-from . import formats, plots
+from . import delegation_view, formats, plots
 from .parity import STAGE_NAMES, Measurement, ParityResult, Stage, summarize
 from .quantized import EXACT, kept_operators, layer_groups, loss_rows, recipe_facts
 from .templates import environment
@@ -77,6 +77,8 @@ def render(report: "Report") -> str:
         parity_lines=summarize(report.parity) if report.parity else [],
         exact_lines=summarize(report.exact) if report.exact else [],
         exact_words=EXACT,
+        placement_rows=delegation_view.rows(report.placement) if report.placement else [],
+        placement_details=_placement_details(report),
         comparisons=compared(report),
         answers=answers(report.accuracy) if report.accuracy else [],
         examples=[_shown(report, example) for example in report.examples],
@@ -87,6 +89,10 @@ def render(report: "Report") -> str:
         shown_ties=SHOWN_TIES,
         shown_operators=SHOWN_OPERATORS,
     )
+
+
+def _placement_details(report: "Report") -> list[tuple[str, str]]:
+    return list(delegation_view.details(report.placement)) if report.placement else []
 
 
 def _shown(report: "Report", example: "Example") -> Shown:

@@ -23,6 +23,7 @@ from ..targets.eager import EagerSession
 from . import accuracy, digits, latency, parity
 from .accuracy import AccuracyReport
 from .checks import Check
+from .delegation import Delegation, delegation, has_delegation
 from .digits import Question
 from .floor import has_floor, rounding_floor, widened
 from .latency import Backend, LatencyResult, Plan, Subject
@@ -132,7 +133,8 @@ class Proof:
     """What was found. `accuracy` is None but for the bundled model, `latency` where not asked.
 
     `quantization` is None where nothing is quantized, `exact` where there is no artifact to compute
-    without rounding, `stored` where no files or no programs can be compared number by number.
+    without rounding, `stored` where no files or no programs can be compared number by number,
+    `placement` where a program has nothing to hand over to.
     """
 
     parity: ParityResult
@@ -141,6 +143,7 @@ class Proof:
     latency: LatencyResult | None
     quantization: QuantizationLoss | None
     stored: StoredWeights | None = None
+    placement: Delegation | None = None
 
 
 def run_original(
@@ -246,6 +249,7 @@ def prove(
     """
     stored = _stored(baseline.reference, bundle, clock)
     gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
+    placement = _placement(bundle, clock) if has_delegation(bundle) else None
     clock.stage("Open the bundle")
     candidate = open_session(bundle)
     tokenizer = read_tokenizer(bundle.path)
@@ -281,7 +285,13 @@ def prove(
         latency=timed,
         quantization=baseline.loss,
         stored=stored,
+        placement=placement,
     )
+
+
+def _placement(bundle: Bundle, clock: Clock) -> Delegation:
+    clock.stage("Read where it computes")
+    return delegation(bundle)
 
 
 def _stored(reference: Reference, bundle: Bundle, clock: Clock) -> StoredWeights | None:

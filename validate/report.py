@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..exporter.reparameterize import Fold, Reparameterization
     from ..quantize.apply import Record
     from .accuracy import AccuracyReport
+    from .delegation import Delegation
     from .loss import QuantizationLoss
     from .proof import Accuracy
     from .stored import StoredWeights
@@ -98,8 +99,9 @@ class Report:
     what the recipe did, None where it leaves everything in float32: else `quantization`, what it
     costs, must have been measured. `parity` is the artifact's own error on top of that, `exact` the
     same where neither side rounds. `stored` compares the artifact's numbers themselves, or
-    `stored_note` says why they could not be. `runtime` is what ran the artifact; where that was no
-    device, `latency_note` says how to time one.
+    `stored_note` says why they could not be. `placement` is what an ExecuTorch program hands over.
+    `runtime` is what ran the artifact; where that was no device, `latency_note` says how to time
+    one.
     """
 
     source: str
@@ -114,6 +116,7 @@ class Report:
     exact: ParityResult | None = None
     stored: "StoredWeights | None" = None
     stored_note: str = ""
+    placement: "Delegation | None" = None
     accuracy: "Accuracy | None" = None
     latency: LatencyResult | None = None
     latency_note: str = ""
@@ -130,7 +133,7 @@ class Report:
         if self.quantization is None and self.quantized is not None:
             return False
         answers = self.accuracy.check if self.accuracy else None
-        gates = (self.exact, self.stored, answers, self.quantization)
+        gates = (self.exact, self.stored, self.placement, answers, self.quantization)
         return all(gate.passed for gate in gates if gate is not None)
 
     @property
@@ -143,6 +146,8 @@ class Report:
             said.append(_without_rounding(self.exact))
         if self.stored:
             said.append(self.stored.verdict)
+        if self.placement:
+            said.append(self.placement.verdict)
         if self.accuracy and self.parity.passed and (self.exact is None or self.exact.passed):
             said.append(_on_answers(self.accuracy))
         if self.quantization:
@@ -180,6 +185,7 @@ class Report:
             "exact_parity": self.exact.to_dict() if self.exact else None,
             "stored_weights": self.stored.to_dict() if self.stored else None,
             "stored_note": self.stored_note,
+            "placement": self.placement.to_dict() if self.placement else None,
             "accuracy": _accuracy(self.accuracy) if self.accuracy else None,
             "latency": self.latency.to_dict() if self.latency else None,
             "latency_note": self.latency_note,

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import formats
+from . import delegation_view, formats
 from .digits import Kind
 from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
@@ -39,6 +39,8 @@ def render(report: "Report") -> Group:
         parts.append(stored(report.stored))
     elif report.stored_note:
         parts.append(Text(report.stored_note, "yellow"))
+    if report.placement:
+        parts.append(delegation_view.terminal(report.placement))
     if report.accuracy:
         parts.append(accuracy(report.accuracy, report.target))
     if report.latency:
