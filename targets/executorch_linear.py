@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 - defines the operators
+import torch.ao.quantization.fx._decomposed  # defines the operators
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node

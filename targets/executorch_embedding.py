@@ -1,0 +1,48 @@
+"""The embedding for ExecuTorch: rows of a table, by operators that its stock runtime has."""
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+from .executorch_retrace import Rewritten, retrace
+
+EXAMPLE = 3  # ids while tracing: neither 0 nor 1, which torch.export would specialize
+
+
+def embedding_method(program: ExportedProgram, context: int) -> ExportedProgram:
+    """`graphs.build`'s embedding: input_ids [1,S] int64, S <= `context` -> [1,S,D] float32."""
+    module = _Embedding(program)
+    ids = torch.zeros(1, EXAMPLE, dtype=torch.int64)
+    return retrace(module, (ids,), ({1: Dim("sequence_length", min=1, max=context)},))
+
+
+class _Embedding(nn.Module):
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.rows = Rewritten(program, {"fastvlm.quantized_embedding.default": _rows})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.rows(input_ids)[0]
+        return out
+
+
+def _rows(ids: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, _: int) -> Tensor:
+    """`fastvlm::quantized_embedding`: only the rows that are asked for become float32."""
+    rows = F.embedding(ids, weight).float()
+    groups = scale.shape[1]
+    if groups > 1:
+        rows = rows.unflatten(2, (groups, -1))
+    scales, zeros = (
+        None if table is None else _of_groups(F.embedding(ids, table).float(), groups)
+        for table in (scale, zero_point)
+    )
+    if zeros is not None:
+        rows = rows - zeros
+    rows = rows * scales
+    return rows.flatten(2) if groups > 1 else rows
+
+
+def _of_groups(values: Tensor, groups: int) -> Tensor:
+    """One value per row or, of several groups, per group: to be stretched over what it scales."""
+    return values if groups == 1 else values[..., None]
