@@ -173,6 +173,7 @@ def test_remedies_keep_their_brackets():
         "recipes": ["fp32"],
         "versions": {},
         "remedy": remedy,
+        "backends": [],
     }
     assert remedy in shown(terminal.targets([row]))
 
