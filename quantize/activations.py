@@ -15,6 +15,11 @@ In the ExportedProgram, static layers read and write (all `quantized_decomposed`
 Then the float operator (`aten.conv2d.default`, `aten.linear.default`) itself. A weight-only layer
 has only its weight's `dequantize_per_channel`. No constant is quantized at run time.
 
+Under `affine` activations a linear layer is one `fastvlm::quantized_linear`, rounded at run time:
+`<layer>.weight` int8 [O,I], `<layer>.scale` float32 [O,1], `<layer>.bias` float [O] or none. Its
+integers are those of a static layer. Calibration sees it, like everything, in float: convolutions,
+which are static under `affine`, too, get the ranges that they have beside static linear layers.
+
 Under float16 the activations' scales are numbers that float16 has, unless it cannot hold them, all
 biases are plain float, and the dequantize operators say in `out_dtype` what they make, for
 `half.to_half` to change: runtimes that compute in float16 have scales in float16 and take no int32.
@@ -22,7 +27,7 @@ The weights' integers are those of float32.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,9 +39,10 @@ from torch.fx import GraphModule, Node
 
 from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph, export_program
+from .ops import AFFINE
 from .quiet import quiet_import
 from .ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, QUANTIZE, survives_half
-from .recipes import Activations, Float, Method, Observer, Precision, Recipe
+from .recipes import Activations, Float, Method, Observer, Precision, Recipe, ScaleFormat
 
 with quiet_import():
     from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
@@ -52,6 +58,7 @@ with quiet_import():
 
 CONV, LINEAR = torch.ops.aten.conv2d.default, torch.ops.aten.linear.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_channel.default
+QUANTIZED = torch.ops.fastvlm.quantized_linear.default
 
 # An int32 sum of products stays below 2^31 with this much left for the bias: the widest layer adds
 # 3072 * 255 * 127 = 1e8.
@@ -70,9 +77,14 @@ class _Layer:
     largest: int
 
     @property
+    def affine(self) -> bool:
+        """Whether activations are rounded at run time: a linear layer's."""
+        return self.precision.activations is Activations.AFFINE and self.node.target is LINEAR
+
+    @property
     def static(self) -> bool:
-        """Whether activations are quantized, too."""
-        return self.precision.activations is Activations.STATIC
+        """Whether activations are rounded in fixed ranges."""
+        return self.precision.activations is not Activations.FLOAT and not self.affine
 
     @property
     def inputs(self) -> tuple[Node, Node, Node | None]:
@@ -253,7 +265,11 @@ def _check(layers: Sequence[_Layer]) -> None:
             (precision.method is not Method.RTN, f'method = "{precision.method}" (only "rtn")'),
             (precision.activations is Activations.DYNAMIC, 'activations = "dynamic"'),
             (
-                layer.static and precision.activation_bits != 8,
+                precision.scale_format is not ScaleFormat.FLOAT,
+                f'scale_format = "{precision.scale_format}" (only "float")',
+            ),
+            (
+                precision.activations is not Activations.FLOAT and precision.activation_bits != 8,
                 f"activation_bits = {precision.activation_bits} (only 8)",
             ),
         ):
@@ -266,8 +282,8 @@ def _check(layers: Sequence[_Layer]) -> None:
         ]
         raise ExportError(
             "The vision graph cannot be quantized like this:\n  " + "\n  ".join(lines),
-            'Give vision layers per-channel symmetric weights, method = "rtn", and static 8-bit '
-            "or float activations.",
+            'Give vision layers per-channel symmetric weights, method = "rtn", and static, affine '
+            "(8 bits) or float activations.",
         )
 
 
@@ -299,7 +315,9 @@ def integer_vision(
     layers = _layers(model, recipe)
     if not layers:
         return graph
-    prepared = prepare_pt2e(model, _VisionQuantizer(layers, recipe))
+    affine = [layer.name for layer in layers if layer.affine]
+    rest = [layer for layer in layers if not layer.affine]
+    prepared = prepare_pt2e(model, _VisionQuantizer(rest, recipe))
     if any(layer.static for layer in layers):
         if not batches:
             raise ValueError("static activations need calibration images")
@@ -308,6 +326,7 @@ def integer_vision(
             prepared(pixels)
     converted = convert_pt2e(prepared)
     _name_constants(converted)
+    _round_at_run_time(converted, affine, recipe)
     if recipe.float_format is Float.FP16:
         _fit_half(converted)
     return dataclasses.replace(graph, module=converted)
@@ -331,6 +350,38 @@ def _name_constants(model: GraphModule) -> None:
                 delattr(model, source.target)
                 source.target = f"{name}.{kind}{suffix}"
     model.recompile()
+
+
+def _round_at_run_time(model: GraphModule, names: Collection[str], recipe: Recipe) -> None:
+    """Make the linear layers of these names operators of integers that round what enters them."""
+    for node in list(model.graph.nodes):
+        if node.target is not LINEAR or _layer_name(node) not in names:
+            continue
+        name, (x, weight, *bias) = _layer_name(node), node.args
+        layer, bits = model.get_submodule(name), int(recipe.precision(name).bits or 0)
+        integers, scale = _integers(_constant(model, weight), bits)
+        delattr(layer, "weight")
+        layer.register_buffer("weight", integers)
+        layer.register_buffer("scale", scale)
+        with model.graph.inserting_before(node):
+            scales = model.graph.get_attr(f"{name}.scale")
+            rounded = model.graph.call_function(
+                QUANTIZED, (x, weight, scales, None, bias[0] if bias else None, bits, AFFINE)
+            )
+        rounded.meta = node.meta
+        node.replace_all_uses_with(rounded)
+        model.graph.erase_node(node)
+    model.recompile()
+
+
+def _integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Float [O,I] -> int8 [O,I] and scales [O,1], as they are in a static layer."""
+    largest = int(2 ** (bits - 1)) - 1
+    scale, zeros = _weight_scale(weight, None, largest, [])
+    integers: Tensor = torch.ops.quantized_decomposed.quantize_per_channel.default(
+        weight, scale, zeros, 0, -largest, largest, torch.int8
+    )
+    return integers, scale[:, None]
 
 
 def _fit_half(model: GraphModule) -> None:

@@ -19,7 +19,7 @@ from ..exporter.spec import ExportSpec
 from .calibration import Calibration, pixels
 from .palettes import palettize, without
 from .ranges import OpRange
-from .recipes import Activations, Float, Method, Part, Recipe
+from .recipes import Float, Method, Part, Recipe
 from .weights import LayerRecord, quantize_decoder
 
 ANSWER_TOKENS = 8  # of the model's own greedy answer, so that calibration sees decoding, too
@@ -69,9 +69,10 @@ class Quantized:
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether a recipe has to see images: static ranges, GPTQ, or the range scan of fp16."""
-    return recipe.float_format is Float.FP16 or any(
-        p.bits and (p.activations is Activations.STATIC or p.method is Method.GPTQ)
-        for p in recipe.precisions
+    return (
+        recipe.float_format is Float.FP16
+        or recipe.ranged
+        or any(p.bits and p.method is Method.GPTQ for p in recipe.precisions)
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .recipes import Precision
-from .rounding import Integers, choose_scales, limits, search_scales
+from .rounding import Integers, choose_scales, limits, search_scales, stored_scales
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 BLOCK = 128  # columns between updates of all that come after
@@ -85,4 +85,5 @@ def quantize_columns(weight: Tensor, factor: Tensor, precision: Precision) -> In
 def _scales(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor | None]:
     weight = weight.contiguous()
     scale, zero_point = choose_scales(weight, precision)
-    return search_scales(weight, scale, zero_point, precision), zero_point
+    scale = search_scales(weight, scale, zero_point, precision)
+    return stored_scales(scale, precision), zero_point

@@ -17,7 +17,16 @@ from ..exporter.model.fastvithd import SqueezeExcite
 from ..exporter.model.fastvlm import FastVLM
 from .kmeans import cluster
 from .ops import lookup, palettized_embedding
-from .recipes import EMBEDDING, HEAD, PALETTE_BITS, Activations, Precision, Recipe, undivided
+from .recipes import (
+    EMBEDDING,
+    HEAD,
+    PALETTE_BITS,
+    Activations,
+    Precision,
+    Recipe,
+    ScaleFormat,
+    undivided,
+)
 from .toml_file import shown
 from .weights import LayerRecord
 
@@ -135,6 +144,8 @@ def _precision_problems(precision: Precision) -> Iterator[str]:
         yield f"bits is {precision.bits}: an index into a lookup table has one of {sizes}"
     if precision.activations is not Activations.FLOAT:
         yield f'activations is {shown(precision.activations)}: beside lookup tables only "float"'
+    if precision.scale_format is not ScaleFormat.FLOAT:
+        yield f"scale_format is {shown(precision.scale_format)}: lookup tables have no scales"
     if not precision.symmetric:
         yield "symmetric is false: lookup tables know nothing of it, leave it out"
 

@@ -12,8 +12,10 @@ bits = 4                   # or 8
 group_size = 32            # weights that share a scale; "channel": all of an output channel
 symmetric = true
 method = "gptq"            # or "rtn", "hqq"; "palette": see below
-activations = "dynamic"    # or "float"; in the tower and the projector "static" or "float"
+activations = "dynamic"    # or "affine", "float"; in tower and projector "static", "affine" (linear
+                           # layers; convolutions are static) or "float"
 activation_bits = 8
+scale_format = "float"     # or "bf16", not in tower and projector: what scales are rounded to
 
 [[layers]]                 # the last rule that matches a layer counts
 pattern = "decoder.layers.0.mlp.*"
@@ -30,8 +32,8 @@ accuracy_points = 1.5
 # method = "palette" means lookup tables instead of scales, for any part and any layer:
 # bits = 4                 # of an index into a table: 1, 2, 3, 4, 6 or 8
 # group_size = 16          # output channels that share a table; "tensor": all of a layer
-# Activations are "float", and there is no symmetric. With a method of the other kind than the
-# base's, bits alone is the base's where it is unset.
+# Activations are "float", and there is no symmetric or scale_format. With a method of the other
+# kind than the base's, bits alone is the base's where it is unset.
 """
 
 import dataclasses
@@ -46,6 +48,7 @@ from .recipes import (
     METHODS,
     PALETTE_BITS,
     RECIPES,
+    SCALE_FORMATS,
     Activations,
     Float,
     LayerRule,
@@ -55,6 +58,7 @@ from .recipes import (
     Part,
     Precision,
     Recipe,
+    ScaleFormat,
     parts_of,
     rule_key,
 )
@@ -157,6 +161,7 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
         start = Precision(bits=start.bits, method=method)  # the rest means something else there
     sizes, widest = (PALETTE_BITS, PER_TENSOR) if tables else (_BITS, PER_CHANNEL)
     computed = ACTIVATIONS[who] if who else tuple(Activations)
+    scales, whose = SCALE_FORMATS[who] if who and not tables else tuple(ScaleFormat), why
     if tables:
         computed, why = (Activations.FLOAT,), " (all there is beside lookup tables)"
     found = Precision(
@@ -166,10 +171,10 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
         method=method,
         activations=table.choice("activations", computed, start.activations, why),
         activation_bits=table.choice("activation_bits", _ACTIVATION_BITS, start.activation_bits),
+        scale_format=table.choice("scale_format", scales, start.scale_format, whose),
     )
-    if tables and isinstance(table.values.get("symmetric"), bool):  # else noted already
-        table.complain("symmetric", "says nothing about lookup tables: leave it out")
-        found = dataclasses.replace(found, symmetric=True)
+    if tables:
+        found = _without_scales(table, found)
     if "bits" not in table and found.bits not in (None, *sizes):
         table.complain("bits", f"is missing: {method} has no {found.bits}, as the base has")
     if found.bits is None and "bits" not in table:
@@ -180,6 +185,14 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
     if "activation_bits" in table and found.activations is Activations.FLOAT and not wrong:
         table.complain("activation_bits", f'needs {table.name("activations")} other than "float"')
     return found
+
+
+def _without_scales(table: Table, found: Precision) -> Precision:
+    """The precision of lookup tables, and a complaint about each key that is for scales."""
+    for name, kind in (("symmetric", bool), ("scale_format", str)):
+        if isinstance(table.values.get(name), kind):  # else noted already
+            table.complain(name, "says nothing about lookup tables: leave it out")
+    return dataclasses.replace(found, symmetric=True, scale_format=ScaleFormat.FLOAT)
 
 
 def _rules(top: Table, parts: dict[Part, Precision]) -> tuple[LayerRule, ...]:
@@ -227,8 +240,7 @@ def _limits(table: Table, recipe: Recipe) -> LossLimits | None:
 
 def _check_use(top: Table, recipe: Recipe) -> None:
     """A key that counts for nothing is a mistake somewhere."""
-    static = any(p.activations is Activations.STATIC for p in recipe.precisions)
-    if "observer" in top and not static:
+    if "observer" in top and not recipe.ranged:
         top.complain("observer", 'counts for "static" activations only, and no layer has them')
     elif "percentile" in top and recipe.observer is not Observer.PERCENTILE:
         top.complain("percentile", f'needs observer = "percentile", not {shown(recipe.observer)}')
@@ -253,7 +265,7 @@ def write(recipe: Recipe) -> str:
     asks, the magnitude limit of a float32 recipe.
     """
     lines = [f"name = {shown(recipe.name)}", f"float = {shown(recipe.float_format)}"]
-    if any(p.activations is Activations.STATIC for p in recipe.precisions):
+    if recipe.ranged:
         lines.append(f"observer = {shown(recipe.observer)}")
         if recipe.observer is Observer.PERCENTILE:
             lines.append(f"percentile = {recipe.percentile!r}")
@@ -278,6 +290,8 @@ def _written(precision: Precision) -> list[str]:
         values["group_size"] = PER_TENSOR if precision.palettized else PER_CHANNEL
     if precision.palettized:
         del values["symmetric"]
+    if precision.scale_format is ScaleFormat.FLOAT:
+        del values["scale_format"]
     if precision.activations is Activations.FLOAT:
         del values["activation_bits"]
     return [f"{name} = {json.dumps(value)}" for name, value in values.items()]

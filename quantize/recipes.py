@@ -55,6 +55,18 @@ class Activations(StrEnum):
     FLOAT = "float"
     STATIC = "static"
     DYNAMIC = "dynamic"
+    AFFINE = "affine"
+
+
+class ScaleFormat(StrEnum):
+    """What the scales of integer weights are rounded to before the integers are chosen.
+
+    `float`: the recipe's own format, behind the integers. A runtime that stores scales in `bf16`
+    would round them, too, but for integers that were chosen for others.
+    """
+
+    FLOAT = "float"
+    BF16 = "bf16"
 
 
 METHODS = {
@@ -69,12 +81,17 @@ PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 """Sizes of an index into a lookup table, as Core ML stores them."""
 
 ACTIVATIONS = {
-    Part.VISION: (Activations.FLOAT, Activations.STATIC),
+    Part.VISION: (Activations.FLOAT, Activations.STATIC, Activations.AFFINE),
     Part.EMBEDDING: (Activations.FLOAT,),
-    Part.DECODER: (Activations.FLOAT, Activations.DYNAMIC),
-    Part.HEAD: (Activations.FLOAT, Activations.DYNAMIC),
+    Part.DECODER: (Activations.FLOAT, Activations.DYNAMIC, Activations.AFFINE),
+    Part.HEAD: (Activations.FLOAT, Activations.DYNAMIC, Activations.AFFINE),
 }
 """The tower sees images like those of the calibration; a decoder's tokens differ too much."""
+
+SCALE_FORMATS = {
+    part: (ScaleFormat.FLOAT,) if part is Part.VISION else tuple(ScaleFormat) for part in Part
+}
+"""Convolutions have no groups, and their biases' scales are products with the weights'."""
 
 
 class Observer(StrEnum):
@@ -93,11 +110,13 @@ class Precision:
     `group_size` consecutive weights along the input axis share one scale; None: all of an output
     channel. Symmetric weights are integer * scale, others (integer - zero point) * scale.
     `static` activations are unsigned, one scale and zero point per tensor, from calibration;
-    `dynamic` ones symmetric, rounded at run time with one scale per token and weight group.
+    `dynamic` ones symmetric, rounded at run time with one scale per token and weight group;
+    `affine` ones have one scale and zero point per token (`ops.round_affine`). A convolution knows
+    no tokens: where a vision layer of `affine` activations is one, they are `static`.
 
     Under `palette` a weight is an index of `bits` bits into a table of 2^bits floats, which
     `group_size` consecutive output channels share; None: all of the layer. Activations are `float`,
-    and `symmetric` says nothing: it stays true.
+    and `symmetric` and `scale_format` say nothing: they stay as they are here.
     """
 
     bits: int | None = None
@@ -106,6 +125,7 @@ class Precision:
     method: Method = Method.RTN
     activations: Activations = Activations.FLOAT
     activation_bits: int = 8
+    scale_format: ScaleFormat = ScaleFormat.FLOAT
 
     @property
     def palettized(self) -> bool:
@@ -195,6 +215,18 @@ class Recipe:
         return tuple(setting.precision for setting in self.settings)
 
     @property
+    def ranged(self) -> bool:
+        """Whether a layer may have activations whose range is fixed on calibration images."""
+        return any(
+            precision.bits
+            and (
+                precision.activations is Activations.STATIC
+                or (precision.activations is Activations.AFFINE and Part.VISION in parts)
+            )
+            for _, parts, precision in self.settings
+        )
+
+    @property
     def quantized(self) -> bool:
         """Whether anything but float32 is asked for."""
         return self.float_format is not Float.FP32 or any(p.bits for p in self.precisions)
@@ -232,6 +264,8 @@ def _precision(values: Mapping[str, Any]) -> Precision:
     typed = {
         "method": Method(values["method"]),
         "activations": Activations(values["activations"]),
+        # Manifests from before there was another have none.
+        "scale_format": ScaleFormat(values.get("scale_format", ScaleFormat.FLOAT)),
     }
     return _typed(Precision(**{**values, **typed}))
 

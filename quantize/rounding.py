@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .ops import dequantize
 from .quiet import quiet_import
-from .recipes import Method, Precision
+from .recipes import Method, Precision, ScaleFormat
 
 CHUNK = 2**23  # weights rounded at once: temporaries stay small beside a table of a gigabyte
 HQQ_STEPS = 20
@@ -106,6 +106,13 @@ def search_scales(
     return scale
 
 
+def stored_scales(scale: Tensor, precision: Precision) -> Tensor:
+    """Scales as the recipe's runtime has them: float32, of numbers that `scale_format` has."""
+    if precision.scale_format is ScaleFormat.BF16:
+        return scale.bfloat16().float()
+    return scale
+
+
 def quantize_rows(weight: Tensor, precision: Precision) -> Integers:
     """RTN or HQQ of float [N,K]."""
     if precision.method is Method.PALETTE:
@@ -113,6 +120,7 @@ def quantize_rows(weight: Tensor, precision: Precision) -> Integers:
     scale, zero_point = choose_scales(weight, precision)
     if precision.method is Method.HQQ:
         scale = search_scales(weight, scale, zero_point, precision)
+    scale = stored_scales(scale, precision)
     integers = round_to_nearest(weight, scale, zero_point, precision)
     return Integers(
         weight=integers, scale=scale, zero_point=zero_point, bits=int(precision.bits or 0)

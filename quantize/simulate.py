@@ -20,11 +20,12 @@ from ..exporter import graphs
 from ..exporter.model.decoder import Decoder
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
-from .activations import CONV, DEQUANTIZE, LINEAR, quantize_vision
+from .activations import CONV, DEQUANTIZE, LINEAR, QUANTIZED, quantize_vision
 from .apply import decoder_inputs, same_weights
 from .ops import to_integers
 from .palettes import palettize, without
 from .recipes import EMBEDDING, HEAD, Method, Part, Recipe, part_of
+from .rounding import Integers
 from .weights import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -159,11 +160,13 @@ def _vision(model: FastVLM, program: ExportedProgram) -> dict[str, nn.Module]:
         raise TypeError("an ExportedProgram's module is a GraphModule")
     found: dict[str, nn.Module] = {}
     for node in traced.graph.nodes:
+        if node.target is QUANTIZED:
+            found[_layer_of(node.args[1])] = _affine(traced, node)
         if node.target not in (CONV, LINEAR) or node.args[1].target is not DEQUANTIZE:
             continue
         x, weight = node.args[:2]
         bias = node.args[2] if len(node.args) > 2 else None
-        name = str(weight.args[0].target).removesuffix(".weight")
+        name = _layer_of(weight.args[0])
         layer = copy.deepcopy(model.get_submodule(name))
         for kind, value in (("weight", weight), ("bias", bias)):
             if value is not None:
@@ -175,6 +178,22 @@ def _vision(model: FastVLM, program: ExportedProgram) -> dict[str, nn.Module]:
             leaving[0].args[1:] if leaving else None,
         )
     return found
+
+
+def _affine(traced: GraphModule, node: Node) -> nn.Module:
+    """A linear layer whose activations are rounded at run time."""
+    _, *tensors, bits, group = node.args
+    weight, scale, zeros, bias = (
+        _value(traced, x) if isinstance(x, Node) else None for x in tensors
+    )
+    if weight is None or scale is None:
+        raise TypeError(f"{node} has no integers")
+    integers = Integers(weight=weight, scale=scale, zero_point=zeros, bits=int(str(bits)))
+    return QuantizedLinear(integers, bias, int(str(group))).eval()
+
+
+def _layer_of(weight: Any) -> str:
+    return str(weight.target).removesuffix(".weight")
 
 
 def _value(traced: GraphModule, node: Node) -> Tensor:

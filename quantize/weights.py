@@ -16,7 +16,7 @@ from ..exporter.model.attention_op import cached_attention
 from ..exporter.model.decoder import Attention, Decoder, Layer, rotary_tables
 from ..exporter.model.fastvlm import FastVLM
 from .gptq import hessian, inverse_factor, quantize_columns
-from .ops import FLOAT_ACTIVATIONS, PER_TOKEN, quantized_embedding, quantized_linear
+from .ops import AFFINE, FLOAT_ACTIVATIONS, PER_TOKEN, quantized_embedding, quantized_linear
 from .recipes import (
     ACTIVATIONS,
     EMBEDDING,
@@ -200,6 +200,8 @@ def activation_group(precision: Precision) -> int:
     """The operators' `activation_group`: dynamic activations are rounded in the weights' groups."""
     if precision.activations is Activations.FLOAT:
         return FLOAT_ACTIVATIONS
+    if precision.activations is Activations.AFFINE:
+        return AFFINE
     return precision.group_size or PER_TOKEN
 
 

@@ -20,6 +20,7 @@ from ..quantize.toml_file import shown
 BITS = (4, 8)
 """Integers that `constexpr_blockwise_shift_scale` takes (iOS 18)."""
 
+_ROUNDED_AT_RUN_TIME = (Activations.DYNAMIC, Activations.AFFINE)
 _GROUPED = (Part.DECODER, Part.HEAD)
 
 
@@ -40,7 +41,7 @@ def adapt(recipe: Recipe) -> Recipe:
 
 
 def _unrounded(precision: Precision) -> Precision:
-    if precision.activations is Activations.DYNAMIC:
+    if precision.activations in _ROUNDED_AT_RUN_TIME:
         return replace(precision, activations=Activations.FLOAT)
     return precision
 
@@ -76,14 +77,11 @@ def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
         yield _line(f"{key}.group_size", precision.group_size, can)
     if part not in _GROUPED and not precision.symmetric:
         yield _line(f"{key}.symmetric", False, f"symmetric weights for the {part}")
-    if precision.activations is Activations.DYNAMIC:
-        yield _line(
-            f"{key}.activations",
-            precision.activations,
-            f"{shown(Activations.FLOAT)}: it rounds no activations at run time",
-        )
+    can = " or ".join(shown(a) for a in ACTIVATIONS[part] if a not in _ROUNDED_AT_RUN_TIME)
+    if precision.activations in _ROUNDED_AT_RUN_TIME:
+        can = f"{can}: it rounds no activations at run time"
+        yield _line(f"{key}.activations", precision.activations, can)
     elif precision.activations not in ACTIVATIONS[part]:
-        can = " or ".join(shown(a) for a in ACTIVATIONS[part] if a is not Activations.DYNAMIC)
         yield _line(f"{key}.activations", precision.activations, f"{can} for the {part}")
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")

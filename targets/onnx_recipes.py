@@ -8,6 +8,7 @@ from ..quantize.recipes import (
     EMBEDDING,
     HEAD,
     METHODS,
+    Activations,
     Float,
     Method,
     Part,
@@ -21,6 +22,10 @@ from ..quantize.toml_file import shown
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What MatMulNBits takes as `block_size`."""
 
+_ACTIVATIONS = {
+    part: tuple(found for found in taken if found is not Activations.AFFINE)
+    for part, taken in ACTIVATIONS.items()
+}
 _LINEAR = (Part.DECODER, Part.HEAD)
 _PER_CHANNEL_BITS, _BLOCK_BITS = (8,), (4, 8)
 
@@ -87,8 +92,8 @@ def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
     if not blocks and not precision.symmetric:
         where = "without a group_size" if linear else f"for the {part}"
         yield _line(f"{key}.symmetric", False, f"symmetric weights {where}")
-    if precision.activations not in ACTIVATIONS[part]:
-        can = f"{_alternatives(ACTIVATIONS[part])} for the {part}"
+    if precision.activations not in _ACTIVATIONS[part]:
+        can = f"{_alternatives(_ACTIVATIONS[part])} for the {part}"
         yield _line(f"{key}.activations", precision.activations, can)
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..quantize.recipes import Activations, Float, Observer, Part, Precision, Recipe
+from ..quantize.recipes import (
+    Activations,
+    Float,
+    Observer,
+    Part,
+    Precision,
+    Recipe,
+    ScaleFormat,
+)
 from . import formats
 
 if TYPE_CHECKING:
@@ -94,7 +102,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     facts = {"name": recipe.name, "floats": str(recipe.float_format)}
     facts |= {str(part): _words(getattr(recipe, part)) for part in Part}
     facts |= {rule.pattern: _words(rule.precision) for rule in recipe.layers}
-    if any(p.bits and p.activations is Activations.STATIC for p in recipe.precisions):
+    if recipe.ranged:
         percentile = recipe.observer is Observer.PERCENTILE
         extra = f", {recipe.percentile:g} % of the values" if percentile else ""
         facts["static ranges"] = f"{recipe.observer}{extra}"
@@ -112,6 +120,8 @@ def _words(precision: Precision) -> str:
     groups = f"in groups of {precision.group_size}" if precision.group_size else "per channel"
     symmetry = "symmetric" if precision.symmetric else "with zero points"
     words = f"{precision.bits}-bit weights {groups}, {symmetry}, {precision.method}"
+    if precision.scale_format is not ScaleFormat.FLOAT:
+        words += f", {precision.scale_format} scales"
     if precision.activations is Activations.FLOAT:
         return words
     return f"{words}; {precision.activations} {precision.activation_bits}-bit activations"

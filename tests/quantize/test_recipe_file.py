@@ -315,7 +315,7 @@ ONE_PROBLEM = [
     ("[[layers]]\npattern = 'projector*'\nbits = 5", 'layers["projector*"].bits is 5, not 4 or 8'),
     (
         "[[layers]]\npattern = 'projector*'\nbits = 8\nactivations = 'dynamic'",
-        'layers["projector*"].activations is "dynamic", not "float" or "static" (all that vision',
+        'layers["projector*"].activations is "dynamic", not "float" or "static" or "affine" (all that vision',
     ),
     (
         2 * "[[layers]]\npattern = 'projector*'\nbits = 8\n",
