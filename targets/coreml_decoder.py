@@ -8,6 +8,7 @@ read before it is replaced.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,31 +39,59 @@ HIDDEN = -40000.0
 """Added to the scores of keys that a row must not see: fp16 has it, and its exponential is 0."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The positions of new rows: from `start` [1] up to `end` [1], all of them in `each` [S].
+
+    `seeing` [G*S] repeats them for the G query heads that share a key head and lie one behind the
+    other. `size` is S; -1 where it may be any.
+    """
+
+    start: Var
+    end: Var
+    each: Var
+    seeing: Var
+    size: int
+
+
+def rows_from(position: Var, size: int, group: int) -> Rows:
+    """`size` rows, the first of them at `position` [1]."""
+    steps = np.arange(size, dtype=np.int32)
+    return Rows(
+        start=position,
+        end=mb.add(x=position, y=np.int32(size), name="end"),
+        each=mb.add(x=position, y=steps, name="rows"),
+        seeing=mb.add(x=position, y=np.tile(steps, group), name="seeing"),
+        size=size,
+    )
+
+
+def rows_at(positions: Var, group: int) -> Rows:
+    """Any number of rows at `positions` [S], which follow one another."""
+    start = mb.slice_by_index(x=positions, begin=[0], end=[1])
+    return Rows(
+        start=start,
+        end=mb.add(x=start, y=mb.shape(x=positions), name="end"),
+        each=positions,
+        seeing=mb.tile(x=positions, reps=[group], name="seeing"),
+        size=-1,
+    )
+
+
 class Cache:
-    """States and positions of one function that takes `size` new rows at a time."""
+    """States of one function, and where in them it puts new rows."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        states: Mapping[str, Var],
-        position: Var,
-        size: int,
-        capacity: int,
+        self, config: DecoderConfig, states: Mapping[str, Var], rows: Rows, capacity: int
     ) -> None:
         self.config = config
         self.states = states
         self.values = {name: mb.read_state(input=state) for name, state in states.items()}
-        self.position, self.size, self.capacity = position, size, capacity
+        self.rows, self.size, self.capacity = rows, rows.size, capacity
         self.layer = 0
         self._made: dict[Any, Var] = {}
-        steps = np.arange(size, dtype=np.int32)
-        self.rows = mb.add(x=position, y=steps, name="rows")
-        self.end = mb.add(x=position, y=np.int32(size), name="end")
-        group = config.heads // config.kv_heads
-        # Query heads that share a key head lie one behind the other.
-        seeing = mb.add(x=position, y=np.tile(steps, group), name="seeing")
         keys = np.arange(capacity, dtype=np.int32)[None]
-        self.hidden = mb.greater(x=keys, y=mb.expand_dims(x=seeing, axes=[1]), name="hidden")
+        self.hidden = mb.greater(x=keys, y=mb.expand_dims(x=rows.seeing, axes=[1]), name="hidden")
 
     def mask(self, dtype: torch.dtype) -> Var:
         """[G*S,capacity]: 0 where a row may look, else `HIDDEN`."""
@@ -75,7 +104,7 @@ class Cache:
         """The new rows of a rotary table [context,d/2]."""
         if (name, dtype) not in self._made:
             whole = numpy(as_long(table, self.capacity).to(dtype))
-            self._made[name, dtype] = mb.gather(x=whole, indices=self.rows, axis=0, name=name)
+            self._made[name, dtype] = mb.gather(x=whole, indices=self.rows.each, axis=0, name=name)
         return self._made[name, dtype]
 
     def append(self, name: str, rest: str, new: Var) -> Var:
@@ -97,9 +126,9 @@ class Cache:
         changed = mb.slice_update(
             x=self.values[name],
             update=mb.expand_dims(x=new, axes=[0]),
-            begin=mb.concat(values=[[layer, 0, 0], self.position, [0]], axis=0),
+            begin=mb.concat(values=[[layer, 0, 0], self.rows.start, [0]], axis=0),
             end=mb.concat(
-                values=[[layer + 1, 1, config.kv_heads], self.end, [config.head_dim]], axis=0
+                values=[[layer + 1, 1, config.kv_heads], self.rows.end, [config.head_dim]], axis=0
             ),
         )
         self.values[name] = mb.coreml_update_state(state=self.states[name], value=changed)
@@ -140,7 +169,7 @@ def _attention(t: Translator, node: Node, cache: Cache) -> Var:
     keys = cache.append(KEY_CACHE, KEY_REST, _rotated(key, cos, sin))
     values = cache.append(VALUE_CACHE, VALUE_REST, value)
     cache.layer += 1
-    rows = heads // kv_heads * size
+    rows = heads // kv_heads * size if size > 0 else size
     mixed = mb.scaled_dot_product_attention(
         query=mb.reshape(x=_rotated(query, cos, sin), shape=[1, kv_heads, rows, width]),
         key=keys,

@@ -7,11 +7,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..exporter.config import DecoderConfig
 from ..exporter.graphs import traced_inputs
 from ..exporter.spec import ExportSpec
 from ..quantize.quiet import quiet_import
 from . import apple_app, client_files, coreml_decoder, coreml_ops, coreml_quantized
-from .coreml_decoder import Cache
+from .coreml_decoder import Cache, Rows, rows_from
 from .coreml_lowering import Translator, Var
 from .coreml_model import (
     DECODE,
@@ -52,8 +53,8 @@ def write(
 ) -> Graphs:
     """Write vision, embedding and decoder packages and JSON files; returns their interfaces."""
     functions = {
-        VISION: {MAIN: _vision(programs["vision"], PIXELS)},
-        EMBEDDING: {MAIN: _embedding(programs["embedding"], spec)},
+        VISION: {MAIN: vision(programs["vision"], PIXELS)},
+        EMBEDDING: {MAIN: embedding(programs["embedding"], spec)},
         DECODER: {
             PREFILL: _decoder(programs["decoder"], spec, chunk, capacity),
             DECODE: _decoder(programs["decoder"], spec, 1, capacity),
@@ -77,7 +78,7 @@ def write(
 
 def write_tower(program: ExportedProgram, target: str, path: Path) -> Graphs:
     """Write the vision tower without the projector, named as Apple's FastVLM app reads it."""
-    tower = _vision(program, apple_app.IMAGES, before_projector=True)
+    tower = vision(program, apple_app.IMAGES, before_projector=True)
     save({MAIN: tower}, target, path)
     shape = [1, *map(int, unprojected(program).meta["val"].shape[1:])]
     return {f"{path.stem}.{MAIN}": _signature(tower, shape)}
@@ -119,9 +120,10 @@ def _readers(node: Node) -> list[Node]:
     return found
 
 
-def _vision(
+def vision(
     program: ExportedProgram, pixels: str, *, before_projector: bool = False
 ) -> FunctionSpec:
+    """The tower and, unless before it, the projector: `pixels` [1,3,R,R] -> features [1,N,D]."""
     static = _static(program)
     until = unprojected(static) if before_projector else None
 
@@ -134,7 +136,9 @@ def _vision(
     return FunctionSpec(inputs={pixels: Input(shape=shape)}, output=FEATURES, body=body)
 
 
-def _embedding(program: ExportedProgram, spec: ExportSpec) -> FunctionSpec:
+def embedding(program: ExportedProgram, spec: ExportSpec) -> FunctionSpec:
+    """Ids [1,S] -> embeddings [1,S,D]."""
+
     def body(inputs: Mapping[str, Var]) -> Var:
         return Translator(program, [inputs[IDS]], TRANSLATIONS).run()
 
@@ -145,11 +149,6 @@ def _embedding(program: ExportedProgram, spec: ExportSpec) -> FunctionSpec:
 def _decoder(program: ExportedProgram, spec: ExportSpec, size: int, capacity: int) -> FunctionSpec:
     """`size` rows at a time: a chunk with `length`, or a single row."""
     config = spec.decoder
-    shape = (config.layers, 1, config.kv_heads, capacity, config.head_dim)
-    states = [KEY_CACHE, VALUE_CACHE]
-    first_key = traced_inputs(program)[2]
-    if first_key.dtype is torch.float32:
-        states += [KEY_REST, VALUE_REST]
     inputs = {
         EMBEDS: Input(shape=(1, size, config.hidden_size)),
         POSITION: Input(shape=(1,), integer=True),
@@ -157,15 +156,40 @@ def _decoder(program: ExportedProgram, spec: ExportSpec, size: int, capacity: in
     }
 
     def body(given: Mapping[str, Var]) -> Var:
-        cache = Cache(config, {s: given[s] for s in states}, given[POSITION], size, capacity)
-        extra = coreml_decoder.translations(cache, given.get(LENGTH))
-        nothing = [None] * (1 + 2 * config.layers)  # mask and past: the states are instead
-        translator = Translator(program, [given[EMBEDS], *nothing], {**TRANSLATIONS, **extra})
-        return mb.squeeze(x=translator.run(), axes=[1])
+        rows = rows_from(given[POSITION], size, config.heads // config.kv_heads)
+        found = decoder_logits(program, config, given, rows, given.get(LENGTH), capacity)
+        return mb.squeeze(x=found, axes=[1])
 
-    return FunctionSpec(
-        inputs=inputs, output=LOGITS, body=body, states=dict.fromkeys(states, shape)
-    )
+    states = decoder_states(program, config, capacity)
+    return FunctionSpec(inputs=inputs, output=LOGITS, body=body, states=states)
+
+
+def decoder_states(
+    program: ExportedProgram, config: DecoderConfig, capacity: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the cache of a decoder; a float32 one has twice as many."""
+    names = [KEY_CACHE, VALUE_CACHE]
+    first_key = traced_inputs(program)[2]
+    if first_key.dtype is torch.float32:
+        names += [KEY_REST, VALUE_REST]
+    shape = (config.layers, 1, config.kv_heads, capacity, config.head_dim)
+    return dict.fromkeys(names, shape)
+
+
+def decoder_logits(
+    program: ExportedProgram,
+    config: DecoderConfig,
+    given: Mapping[str, Var],
+    rows: Rows,
+    length: Var | None,
+    capacity: int,
+) -> Var:
+    """[1,1,V] of the last row, or of the last of `length` [1]; see `decoder_states`."""
+    states = {name: given[name] for name in decoder_states(program, config, capacity)}
+    cache = Cache(config, states, rows, capacity)
+    extra = coreml_decoder.translations(cache, length)
+    nothing = [None] * (1 + 2 * config.layers)  # mask and past: the states are instead
+    return Translator(program, [given[EMBEDS], *nothing], {**TRANSLATIONS, **extra}).run()
 
 
 def _signature(function: FunctionSpec, output: Sequence[int | str]) -> dict[str, dict[str, str]]:

@@ -35,11 +35,22 @@ PASSES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """An input of a function: float32 or int32. `longest` is of a last axis of any size."""
+    """An input of a function: float32 or int32. `longest` is of an axis of any size.
+
+    Where several inputs of a function have one, it is the same size.
+    """
 
     shape: tuple[int, ...]
     integer: bool = False
     longest: int | None = None
+    axis: int = -1
+
+    def sized(self, size: Any) -> tuple[Any, ...]:
+        """The shape with `size` for the axis of any size, if there is one."""
+        if self.longest is None:
+            return self.shape
+        axis = self.axis % len(self.shape)
+        return (*self.shape[:axis], size, *self.shape[axis + 1 :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +105,22 @@ def _convert(spec: FunctionSpec, target: str) -> Any:
 
 def _placeholders(spec: FunctionSpec) -> "OrderedDict[str, Any]":
     found = OrderedDict()
+    size = get_new_symbol()
     for name, given in spec.inputs.items():
-        shape = given.shape if given.longest is None else (*given.shape[:-1], get_new_symbol())
         dtype = types.int32 if given.integer else types.fp32
-        found[name] = mb.placeholder(shape, dtype=dtype)
+        found[name] = mb.placeholder(given.sized(size), dtype=dtype)
     for name, shape in spec.states.items():
         found[name] = mb.state_tensor_placeholder(shape, dtype=types.fp16)
     return found
 
 
 def _flexible(spec: FunctionSpec) -> Sequence[Any] | None:
-    if all(given.longest is None for given in spec.inputs.values()):
+    longest = {given.longest for given in spec.inputs.values() if given.longest is not None}
+    if not longest:
         return None
+    size = ct.RangeDim(1, min(longest), default=1)
     return [
-        ct.TensorType(
-            name=name,
-            shape=(*given.shape[:-1], ct.RangeDim(1, given.longest, default=1))
-            if given.longest
-            else given.shape,
-        )
-        for name, given in spec.inputs.items()
+        ct.TensorType(name=name, shape=given.sized(size)) for name, given in spec.inputs.items()
     ]
 
 

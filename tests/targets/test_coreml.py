@@ -349,7 +349,7 @@ def test_an_image_token_beyond_the_table_is_looked_up_like_its_last_row(
     folded = reparameterize(model).model
     programs = quantize(folded, adapted, spec, calibration, lambda _: None).programs
     path = tmp_path / "embedding.mlpackage"
-    embedding = coreml_graphs._embedding(programs["embedding"], spec)
+    embedding = coreml_graphs.embedding(programs["embedding"], spec)
     coreml_graphs.save({coreml_model.MAIN: embedding}, "iOS18", path)
     ids = np.array([[spec.image_token_id, spec.image_token_id - 1, 3]], np.int32)
     rows = open_model(path, "main").predict({"input_ids": ids})["inputs_embeds"][0]
