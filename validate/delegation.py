@@ -234,30 +234,35 @@ def delegation(bundle: Bundle) -> Delegation:
     return Delegation(
         backend=str(backend),
         methods=tuple(
-            _method(program, name, str(backend)) for name in (VISION, EMBEDDING, DECODER)
+            _method(program, name, str(backend), bundle.manifest.context)
+            for name in (VISION, EMBEDDING, DECODER)
         ),
     )
 
 
-def _method(program: "PteFile", name: str, backend: str) -> MethodDelegation:
+def _method(program: "PteFile", name: str, backend: str, context: int) -> MethodDelegation:
     if name not in program.methods:
         raise ExportError(f"{program.source} has no method '{name}'.", EXPORT_HINT)
     method = program.methods[name]
     return MethodDelegation(
         method=name,
         delegates=tuple(one.backend for one in method.delegates),
-        inside=gather(work for one in method.delegates for work in _inside(one)),
+        inside=gather(work for one in method.delegates for work in _inside(one, context)),
         outside=gather(map(portable_operator, method.calls)),
         expected=BACKEND_NAMES.get(Backend(backend)) if name in LIMITED else None,
     )
 
 
-def _inside(delegate: "Delegate") -> Iterable[tuple[str, int]]:
+def _inside(delegate: "Delegate", context: int) -> Iterable[tuple[str, int]]:
     """(kind, FLOPs) of each operator of a delegate."""
-    from ..targets.executorch_xnn import XNNPACK, xnn_graph  # noqa: PLC0415 - imports torch
+    if delegate.backend == BACKEND_NAMES[Backend.XNNPACK]:
+        from ..targets.executorch_xnn import xnn_graph  # noqa: PLC0415 - imports torch
 
-    if delegate.backend == XNNPACK:
         return xnn_operators(xnn_graph(delegate))
+    if delegate.backend == BACKEND_NAMES[Backend.COREML]:
+        from .delegation_coreml import coreml_operators  # noqa: PLC0415 - imports coremltools
+
+        return coreml_operators(delegate, context)
     raise ExportError(
         f"{delegate.file.source} has a delegate of {delegate.backend}, which can't be read here.",
         EXPORT_HINT,

@@ -12,7 +12,7 @@ from .. import targets
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..quantize.recipes import recorded
-from ..targets import TargetName
+from ..targets import TargetName, executorch_backends
 from ..targets.base import Session
 from ..targets.executorch_model import Backend
 
@@ -23,6 +23,8 @@ NAMES: dict[str, str] = {
 }
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
+SIMULATED_BACKENDS = (Backend.COREML,)
+"""Of ExecuTorch's: those that the interpreter stands in for, everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,9 @@ def runs_here(target: str, backend: str | None = None) -> Runtime | None:
     `backend`: what an ExecuTorch program hands its operators over to; None: its default.
     """
     here = targets.get(target).availability()
-    if target == "executorch" and backend == Backend.COREML:
-        return INTERPRETER if here.run else None
+    if backend in SIMULATED_BACKENDS:
+        can = here.run and not executorch_backends.problems(backend)
+        return INTERPRETER if can else None
     if here.run:
         return Runtime(name=NAMES.get(target, target), device=True)
     return INTERPRETER if target in SIMULATED and here.lower else None
@@ -71,13 +74,24 @@ def can_run(target: str) -> bool:
 
 def runtime(bundle: Bundle) -> Runtime:
     """What `open_session` runs this bundle in. Raises ExportError where nothing can."""
-    target, backend = bundle.manifest.target, bundle.manifest.artifact.get("backend")
-    found = runs_here(target, str(backend) if backend else None)
+    target, backend = bundle.manifest.target, _backend(bundle)
+    found = runs_here(target, backend)
     if found is None:
-        raise ExportError(
-            f"Target '{target}' can't be run here.", targets.get(target).availability().remedy
-        )
+        remedy = targets.get(target).availability().remedy
+        if backend is not None and not remedy:
+            remedy = "; ".join(executorch_backends.problems(backend))
+        raise ExportError(f"Target '{target}' can't be run here.", remedy)
     return found
+
+
+def _backend(bundle: Bundle) -> str | None:
+    """What an ExecuTorch program hands its operators over to; None for any other target."""
+    found = bundle.manifest.artifact.get("backend")
+    return None if found is None else str(found)
+
+
+def _has_interpreter(bundle: Bundle) -> bool:
+    return bundle.manifest.target in SIMULATED or _backend(bundle) in SIMULATED_BACKENDS
 
 
 def has_exact(bundle: Bundle) -> bool:
@@ -85,8 +99,7 @@ def has_exact(bundle: Bundle) -> bool:
 
     That is an interpreter's doing. An artifact in float32 is compared at that accuracy anyway.
     """
-    manifest = bundle.manifest
-    return manifest.target in SIMULATED and recorded(manifest.recipe).quantized
+    return _has_interpreter(bundle) and recorded(bundle.manifest.recipe).quantized
 
 
 def open_session(
@@ -100,7 +113,7 @@ def open_session(
     """
     target = bundle.manifest.target
     simulated = exact or not runtime(bundle).device
-    if exact and target not in SIMULATED:
+    if exact and not _has_interpreter(bundle):
         raise ExportError(
             f"Target '{target}' has no interpreter that computes without rounding.",
             f"Use one that has: {', '.join(SIMULATED)}.",
@@ -120,6 +133,10 @@ def open_session(
 
 def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
     """The packages in the MIL reference interpreter."""
+    if _backend(bundle) in SIMULATED_BACKENDS:
+        from .executorch_coreml import CoreMLDelegateSession  # noqa: PLC0415 - imports coremltools
+
+        return CoreMLDelegateSession(bundle, exact=exact)
     from ..targets import coreml  # noqa: PLC0415 - with its runtime
     from . import mil  # noqa: PLC0415 - imports coremltools
 

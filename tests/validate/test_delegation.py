@@ -91,7 +91,9 @@ def folder(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFacto
 
 
 def read(folder: Path, backend: str, claimed: str | None = None) -> Delegation:
-    manifest = SimpleNamespace(artifact={"backend": claimed or backend}, files={PROGRAM: ""})
+    manifest = SimpleNamespace(
+        artifact={"backend": claimed or backend}, files={PROGRAM: ""}, context=LONGEST
+    )
     return delegation(Bundle(path=folder / backend, manifest=cast("Any", manifest)))
 
 
