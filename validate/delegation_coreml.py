@@ -10,7 +10,6 @@ from ..targets.coreml_model import MAIN
 from ..targets.executorch_coreml_payload import PACKAGE, unpack
 from .mil.errors import damaged, foreign
 from .mil.package import Package
-from .mil.values import parse_type
 
 if TYPE_CHECKING:
     from ..targets.executorch_file import Delegate
@@ -41,18 +40,22 @@ def coreml_operators(delegate: "Delegate", longest: int) -> Iterator[tuple[str, 
             raise foreign(package.path, f"has no function '{MAIN}'")
         if function.opset not in function.block_specializations:
             raise damaged(package.model_path, f"has no operations for {function.opset!r}")
-        sizes = {one.name: _sizes(package, one.type, longest) for one in function.inputs}
+        sizes = {one.name: _sizes(one.type, longest) for one in function.inputs}
         for operation in function.block_specializations[function.opset].operations:
-            given = [_sizes(package, one.type, longest) for one in operation.outputs]
+            given = [_sizes(one.type, longest) for one in operation.outputs]
             sizes.update(zip((one.name for one in operation.outputs), given, strict=True))
             if operation.type != "const" and not operation.type.startswith("constexpr_"):
                 yield operation.type, _flops(operation, sizes, given[0] if given else (0,))
 
 
-def _sizes(package: Package, type_: Any, longest: int) -> Sizes:
-    if type_.WhichOneof("type") not in ("tensorType", "stateType"):
-        return ()
-    return tuple(longest if size < 0 else size for size in parse_type(package, type_).shape)
+def _sizes(type_: Any, longest: int) -> Sizes:
+    """Of a tensor, or of the one in a state; of anything else none."""
+    if type_.WhichOneof("type") == "stateType":
+        type_ = type_.stateType.wrappedType
+    return tuple(
+        dim.constant.size if dim.WhichOneof("dimension") == "constant" else longest
+        for dim in type_.tensorType.dimensions
+    )
 
 
 def _flops(operation: Any, sizes: Mapping[str, Sizes], out: Sizes) -> int:
