@@ -125,12 +125,13 @@ class Table:
 
     Vectors of bytes are memoryviews of the data, other vectors lists; what is absent is the
     schema's default, an empty vector or string, or None. `kind` is the table's name, of a union's
-    member the member's.
+    member the member's; `places` is the byte offset of every number that is there.
     """
 
-    def __init__(self, kind: str, fields: dict[str, Any]) -> None:
+    def __init__(self, kind: str, fields: dict[str, Any], places: dict[str, int]) -> None:
         self.kind = kind
         self.fields = fields
+        self.places = places
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -180,6 +181,7 @@ class _Reader:
         size = self.scalar("H", slots)
         self.spend(_OFFSET, start)
         fields: dict[str, Any] = {}
+        numbers: dict[str, int] = {}
         slot = slots + 4  # behind the sizes of the slots and of the table
         for field in self.schema.tables[kind]:
             union = not field.vector and field.type in self.schema.unions
@@ -192,7 +194,9 @@ class _Reader:
                 continue
             ends = [start + place if place else None for place in places]
             fields[field.name] = self.union(field, *ends) if union else self.value(field, ends[0])
-        return Table(member or kind, fields)
+            if ends[0] is not None and field.type in self.schema.letters and not field.vector:
+                numbers[field.name] = ends[0]
+        return Table(member or kind, fields, numbers)
 
     def union(self, field: _Field, tag: int | None, at: int | None) -> Table | None:
         """The union's member by its number; None where there is none."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 from ..quantize.quiet import quiet_import
@@ -20,21 +21,30 @@ def _schema() -> Schema:
     return installed_schema("backends/xnnpack/serialization/schema.fbs")
 
 
+def xnn_table(delegate: "Delegate") -> Table:
+    """The graph of an XNNPACK delegate as its schema has it; imports nothing of ExecuTorch.
+
+    Raises ExportError where the payload is no such graph.
+    """
+    with damage_named(delegate.file.source):
+        payload, start, size, _, _ = _parts(delegate)
+        return read_table(cut(payload, start, size, "XNNPACK's graph"), _schema(), "XNNGraph")
+
+
 def xnn_graph(delegate: "Delegate") -> Any:
     """The graph of an XNNPACK delegate, as `XNNGraph` of `xnnpack_graph_schema`.
 
     Raises ExportError where the payload is none, or names what that schema does not have.
     """
     with damage_named(delegate.file.source):
-        payload, start, size, _, _ = _parts(delegate)
-        table = read_table(cut(payload, start, size, "XNNPACK's graph"), _schema(), "XNNGraph")
-        return _as_dataclass(table)
+        return _as_dataclass(xnn_table(delegate))
 
 
 def xnn_constant(delegate: "Delegate", graph: Any, index: int) -> memoryview:
     """The bytes of a constant, by the index that values and scales of the graph give.
 
-    They are in the payload itself or among the file's named data. Raises ExportError.
+    They are in the payload itself or among the file's named data. `graph` is what `xnn_graph` or
+    `xnn_table` gives. Raises ExportError.
     """
     with damage_named(delegate.file.source):
         if index == 0:
@@ -85,3 +95,46 @@ def _as_dataclass(table: Table) -> Any:
         return converted("", table)
     except (TypeError, ValueError) as error:  # a required field, or an unknown type
         raise DamagedError(f"XNNPACK's graph has {error}") from error
+
+
+_BITS = {
+    **dict.fromkeys(("fp32", "pfp32", "qint32", "qcint32", "int32"), 32),
+    **dict.fromkeys(("fp16", "bf16"), 16),
+    **dict.fromkeys(("qint8", "quint8", "qcint8"), 8),
+    **dict.fromkeys(("qcint4", "qbint4"), 4),
+}
+"""Data type, as the schema names it behind `xnn_datatype_` -> bits of a constant's number."""
+_SCALE_BYTES = {"PerChannelQuant": 4, "PerChannelGroupQuant": 2}
+
+
+def check_constants(delegate: "Delegate") -> None:
+    """Raise ExportError where a constant, or its scales, are missing or fewer than its tensor's.
+
+    The runtime does not look: it would read what lies behind them.
+    """
+    graph = xnn_table(delegate)
+    names = _schema().names("XNNDatatype")
+    with damage_named(delegate.file.source):
+        for entry in graph.xvalues:
+            value = entry.xvalue_union
+            if value is None:
+                raise DamagedError("XNNPACK's graph has a value of no kind")
+            tensor = value if value.kind == "XNNTensorValue" else value.tensor_value
+            if tensor is None or not tensor.constant_buffer_idx:
+                continue
+            bits = _BITS.get(names.get(tensor.datatype, "").removeprefix("xnn_datatype_"))
+            if bits is None:
+                raise DamagedError(f"XNNPACK's constant has the data type {tensor.datatype}")
+            rows, columns = math.prod(tensor.dims[:-1]), math.prod(tensor.dims[-1:])
+            needed = [(tensor.constant_buffer_idx, rows * math.ceil(columns * bits / 8))]
+            scales = value.fields.get("quant_params")
+            if scales is not None and scales.fields.get("scale_buffer_idx"):
+                needed.append(
+                    (scales.scale_buffer_idx, scales.num_scales * _SCALE_BYTES[scales.kind])
+                )
+            for index, size in needed:
+                found = len(xnn_constant(delegate, graph, index))
+                if found < size:
+                    raise DamagedError(
+                        f"XNNPACK's constant {index} has {found} bytes, its tensor {size}"
+                    )
