@@ -131,7 +131,9 @@ class Worker:
 
         versions = target.availability().versions
         runtime = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
-        on = f", compute units {units}" if units else ""
+        backend = self.bundle.manifest.artifact.get("backend")
+        on = f", backend {backend}" if backend else ""
+        on += f", compute units {units}" if units else ""
         return load, f"{self.bundle.manifest.recipe['name']}; {runtime}{on}"
 
     def _forget_compiled(self) -> bool:

@@ -77,10 +77,11 @@ def runtime(bundle: Bundle) -> Runtime:
     target, backend = bundle.manifest.target, _backend(bundle)
     found = runs_here(target, backend)
     if found is None:
-        remedy = targets.get(target).availability().remedy
-        if backend is not None and not remedy:
+        here = targets.get(target).availability()
+        if here.run and backend is not None:
             remedy = "; ".join(executorch_backends.problems(backend))
-        raise ExportError(f"Target '{target}' can't be run here.", remedy)
+            raise ExportError(f"Backend '{backend}' of '{target}' can't be run here.", remedy)
+        raise ExportError(f"Target '{target}' can't be run here.", here.remedy)
     return found
 
 

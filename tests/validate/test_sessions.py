@@ -1,5 +1,6 @@
 """Which runtime opens a bundle here: its own, or the interpreter, and when neither can."""
 
+import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 from fastvlm_export import targets
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.quantize.recipes import RECIPES
-from fastvlm_export.targets import apple_app, coreml_session
+from fastvlm_export.targets import apple_app, coreml_session, executorch_backends
 from fastvlm_export.targets.base import Availability
 from fastvlm_export.validate import mil, sessions
 from fastvlm_export.validate.sessions import INTERPRETER, Runtime
@@ -134,3 +135,41 @@ def test_rounded_core_ml_bundles_have_an_exact_form(
     target: str, recipe: str, expected: bool
 ) -> None:
     assert sessions.has_exact(bundle(target, recipe)) == expected
+
+
+@pytest.fixture
+def executorch(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(executorch_backends, "find_spec", lambda name: name)
+    return Machine(monkeypatch, executorch=has(lower=True, run=True))
+
+
+def test_executorchs_runtime_is_a_device_here_but_for_what_it_hands_to_core_ml(
+    executorch: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for backend in ("xnnpack", "portable"):
+        found = bundle("executorch", artifact={"backend": backend})
+        assert sessions.runtime(found) == Runtime(name="ExecuTorch", device=True)
+        assert sessions.open_session(found) == "executorch's own"
+        assert sessions.not_timed(found) == ""
+        assert not sessions.has_exact(found)
+        with pytest.raises(ExportError, match="'executorch' has no interpreter"):
+            sessions.open_session(found, exact=True)
+    found = bundle("executorch", artifact={"backend": "coreml"})
+    opened = SimpleNamespace(CoreMLDelegateSession=lambda bundle, exact: ("delegates", exact))
+    monkeypatch.setitem(sys.modules, "fastvlm_export.validate.executorch_coreml", opened)
+    assert sessions.runtime(found) == INTERPRETER
+    assert sessions.open_session(found) == ("delegates", False)
+    assert sessions.open_session(found, exact=True) == ("delegates", True)
+    assert sessions.has_exact(found)
+    assert "delegates" in sessions.not_timed(found)
+
+
+def test_core_mls_delegates_need_the_interpreters_package(
+    executorch: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executorch_backends, "find_spec", lambda name: None)
+    assert sessions.runs_here("executorch") is not None
+    assert sessions.runs_here("executorch", "coreml") is None
+    with pytest.raises(ExportError, match="can't be run here") as error:
+        sessions.runtime(bundle("executorch", artifact={"backend": "coreml"}))
+    assert "pip install" in error.value.hint
