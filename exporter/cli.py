@@ -239,20 +239,58 @@ def bench(
         ),
     ] = None,
     runs: Runs = 10,
+    device: Annotated[
+        str | None, typer.Option(help="ExecuTorch: time it on this phone, adb://SERIAL.")
+    ] = None,
+    runner: Annotated[
+        Path | None, typer.Option(help="The program to push to --device: examples/android.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the --device.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Read a log that a runner printed on a phone instead.")
+    ] = None,
+    kit: Annotated[
+        Path | None, typer.Option(help="Write what a phone without adb needs to this folder.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Time to first token, part by part, decode speed and peak memory of a bundle."""
-    from ..validate import placement_view, terminal  # noqa: PLC0415 - imports NumPy
+    from ..validate import device_view, placement_view, terminal  # noqa: PLC0415 - imports NumPy
     from ..validate.latency import Plan  # noqa: PLC0415 - imports NumPy
-    from . import running  # noqa: PLC0415 - imports torch
+    from . import phones, running  # noqa: PLC0415 - imports torch
 
+    plan = Plan(runs=runs, least_runs=min(runs, 5))
+    elsewhere = {
+        "--against": against,
+        "--compute-units": compute_units,
+        "--checkpoint": checkpoint,
+        "--random": random,
+    }
+    phone = phones.PhoneRequest(
+        bundle=bundle,
+        device=device,
+        runner=runner,
+        threads=threads,
+        stats=stats,
+        kit=kit,
+        image=image,
+        plan=plan,
+        elsewhere=tuple(name for name, value in elsewhere.items() if value),
+    )
+    if phone.asked:
+        there = with_progress(quiet, lambda bars: phones.bench(phone, bars))
+        if as_json:
+            _print_json(there.to_dict())
+        elif not quiet:
+            _results.print(device_view.render(there))
+        return
     request = running.BenchRequest(
         bundle=bundle,
         source=_source(checkpoint, random, seed) if checkpoint or random else None,
         image=image,
         against=against,
-        plan=Plan(runs=runs, least_runs=min(runs, 5)),
+        plan=plan,
         compute_units=tuple(compute_units or ()),
     )
     found = with_progress(quiet, lambda bars: running.bench(request, bars))
