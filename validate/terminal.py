@@ -202,25 +202,29 @@ def facts(found: Mapping[str, object], title: str) -> Table:
     return table
 
 
-def targets(rows: Sequence[Mapping[str, Any]]) -> Table:
+def targets(rows: Sequence[Mapping[str, Any]]) -> Group:
     """What each target can do here, and below it each of its backends where it has a choice."""
     table = _table("Targets")
-    for name in ("Target", "Export here", "Run here", "Recipes", "Versions, or what to do"):
+    table.add_column("Target", no_wrap=True)
+    for name in ("Export here", "Run here", "Recipes", "Versions, or what to do"):
         table.add_column(name)
+    notes = []
     for row in rows:
         found = ", ".join(formats.lines(row["versions"]))
-        table.add_row(*_target(row, Text(str(row["target"]), "bold"), found))
+        table.add_row(*_target(row, Text(row["target"], "bold"), row["remedy"] or found))
         for backend in row["backends"]:
-            table.add_row(*_target(backend, Text(f"  --backend {backend['backend']}")))
-    return table
+            table.add_row(*_target(backend, Text(f"  {backend['backend']}"), ""))
+            if backend["remedy"]:
+                notes.append(Text(backend["remedy"], "dim"))
+    return Group(table, *notes)
 
 
-def _target(row: Mapping[str, Any], name: Text, found: str = "") -> Iterator[RenderableType]:
+def _target(row: Mapping[str, Any], name: Text, last: str) -> Iterator[RenderableType]:
     yield name
     yield _yes(row["lower"])
     yield _runs(row)
     yield ", ".join(row["recipes"])
-    yield Text(row["remedy"] or found)
+    yield Text(last)
 
 
 def _runs(row: Mapping[str, Any]) -> Text:
