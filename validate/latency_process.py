@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from ..exporter.errors import ExportError
+from ..targets.executorch_proof import EXPENDABLE
 
 WORKER = "fastvlm_export.validate.latency_worker"
 
@@ -24,6 +26,7 @@ class WorkerProcess:
         # -P: a file in the current folder must not stand in for a module.
         self.process = subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
             [sys.executable, "-P", "-m", WORKER],
+            env={**os.environ, EXPENDABLE: "1"},  # where it dies, `ask` says so
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
