@@ -7,51 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from fastvlm_export.exporter import cli
 from fastvlm_export.exporter.bundle import files_of
 from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
 
+from .commands import Run, bad, command
+
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fastvlm-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Result(int(exit_.value.code or 0), out, err)
-
-    return call
-
-
-def command(*arguments: object) -> list[str]:
-    # A test run in the background has interrupts ignored, and so have its children.
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from fastvlm_export.exporter.cli import main; main()"
-    )
-    return [sys.executable, "-c", program, *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +153,6 @@ def test_targets_and_inspect_speak_json(run: Run) -> None:
     assert facts["tied"] is True
     assert run("inspect", BUNDLED_FOLDER).code == 0
     assert "onnx" in run("targets").out
-
-
-def bad(result: Result, *words: str) -> None:
-    """One clear error: exit code 2, on stderr, no traceback, nothing on stdout."""
-    assert result.code == 2
-    assert "Traceback" not in result.err
-    assert not result.out
-    for word in words:
-        assert word in result.err
 
 
 @pytest.mark.parametrize(
