@@ -9,7 +9,8 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 
-#if __has_include(<executorch/extension/threadpool/threadpool.h>)
+// The thread pool's header needs one that ExecuTorch does not install: see README.md.
+#if __has_include(<executorch/extension/threadpool/threadpool.h>) && __has_include(<pthreadpool.h>)
 #include <executorch/extension/threadpool/threadpool.h>
 #define HAS_THREADPOOL 1
 #else
@@ -165,7 +166,7 @@ int64_t peak_memory() {
   return 0;
 }
 
-// 0 where it was built without the thread pool's header.
+// How many there are; 0 where it was built without the thread pool's header.
 int64_t set_threads(int64_t wanted) {
 #if HAS_THREADPOOL
   auto* pool = executorch::extension::threadpool::get_threadpool();
@@ -175,7 +176,7 @@ int64_t set_threads(int64_t wanted) {
   return static_cast<int64_t>(pool->get_thread_count());
 #else
   if (wanted > 0) {
-    fail("--threads: this runner was built against a package without extension/threadpool");
+    fail("--threads: this runner was built without ExecuTorch's threadpool.h and pthreadpool.h");
   }
   return 0;
 #endif
