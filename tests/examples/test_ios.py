@@ -1,22 +1,21 @@
 """The iOS sample can't be compiled here: its file names, keys and calls are held against ours."""
 
+import dataclasses
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fastvlm_export.exporter import prompt
-from fastvlm_export.exporter.bundle import SCHEMA, Bundle, Manifest, Source, files_of
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
-from fastvlm_export.exporter.samples import Sample
 from fastvlm_export.targets.executorch_model import PROGRAM
 from fastvlm_export.validate import devices
 from fastvlm_export.validate.latency import Plan
 
+from ..validate import phones
+
+QUESTION = "What is 2 + 2?"
 FOLDER = Path(__file__).parents[2] / "examples" / "ios"
 SOURCE = (FOLDER / "Sources" / "FastVLMBench" / "FastVLMBench.swift").read_text("utf-8")
 CODE = re.sub(r"//.*", "", SOURCE)
@@ -27,34 +26,9 @@ PACKAGE = (FOLDER / "Package.swift").read_text("utf-8")
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory):
     """What `bench --kit` writes of a bundle whose program nobody runs."""
-    folder = tmp_path_factory.mktemp("bundle")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({one: i for i, one in enumerate(alphabet)}, []))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / PROGRAM).write_bytes(b"program")
-    manifest = Manifest(
-        schema=SCHEMA,
-        source=Source(name="toy", layout="random", sha256="0" * 64),
-        target="executorch",
-        recipe={"name": "fp32"},
-        quantization={},
-        resolution=16,
-        context=2048,
-        image_tokens=4,
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=16),
-        prompt_template=prompt.TEMPLATE,
-        image_token=prompt.IMAGE_TOKEN,
-        image_token_id=300,
-        eos_token_ids=(1,),
-        model={},
-        graphs={},
-        versions={},
-        files=files_of(folder),
-    )
-    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
-    sample = Sample(name="toy", image=image, question="What is 2 + 2?")
-    out = tmp_path_factory.mktemp("out") / "kit"
-    return devices.write_kit(Bundle(path=folder, manifest=manifest), sample, Plan(tokens=9), out)
+    bundle = phones.write_bundle(tmp_path_factory.mktemp("toy") / "bundle", b"a program")
+    sample = dataclasses.replace(phones.sample(), question=QUESTION)
+    return devices.write_kit(bundle, sample, Plan(tokens=9), tmp_path_factory.mktemp("out") / "kit")
 
 
 def test_it_opens_the_files_that_a_kit_holds(kit):
@@ -75,7 +49,7 @@ def test_it_reads_every_key_of_the_question_by_its_type(kit):
 def test_the_question_is_the_prompt_that_bundles_are_proven_with(kit):
     question = json.loads((kit.folder / devices.QUESTION).read_text("utf-8"))
     asked = question["before"] + prompt.IMAGE_TOKEN + question["after"]
-    assert asked == prompt.qwen_2_prompt("What is 2 + 2?")
+    assert asked == prompt.qwen_2_prompt(QUESTION)
     # The stock runner counts the token that prefill ends in among the new ones.
     assert question["maximumNewTokens"] == 10
     order = re.findall(r"MultimodalInput\((question\.\w+|Image)", CODE)
@@ -84,7 +58,7 @@ def test_the_question_is_the_prompt_that_bundles_are_proven_with(kit):
 
 def test_the_pixels_have_the_size_that_it_asks_for(kit):
     assert "3 * side * side * MemoryLayout<Float>.size" in CODE
-    assert (kit.folder / devices.PIXELS).stat().st_size == 3 * 16 * 16 * 4
+    assert (kit.folder / devices.PIXELS).stat().st_size == 3 * phones.RESOLUTION**2 * 4
 
 
 def test_every_run_starts_anew_is_greedy_and_warm_ups_are_not_reported():
@@ -104,7 +78,6 @@ def test_its_targets_are_folders_and_its_readme_tells_how_to_go_on():
 
 
 def test_it_is_of_the_executorch_that_exports():
-    metadata = pytest.importorskip("importlib.metadata")
     try:
         version = metadata.version("executorch")
     except metadata.PackageNotFoundError:
