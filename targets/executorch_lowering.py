@@ -8,6 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..quantize.quiet import quiet_import
+from . import executorch_pack
 
 with quiet_import():
     from executorch.exir import (
@@ -29,10 +30,13 @@ def lower(
     methods: Mapping[str, ExportedProgram],
     partitioners: Mapping[str, Sequence[Any]],
     constants: Mapping[str, Any],
+    *,
+    external: bool = False,
 ) -> Lowered:
     """Hand each method's operators to its partitioners, and serialize what comes out.
 
-    `constants` become methods without inputs, for clients to ask.
+    `constants` become methods without inputs, for clients to ask. With `external`, large weights
+    go to a file of their own. Equal bytes are stored once.
     """
     with torch.no_grad():
         edge = to_edge_transform_and_lower(
@@ -42,5 +46,15 @@ def lower(
             # int32 biases and int8 pairs are XNNPACK's to check: Edge knows only ATen's types.
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
-        program = edge.to_executorch(ExecutorchBackendConfig())
-    return Lowered(pte=bytes(program.buffer))
+        if external:
+            executorch_pack.externalize(edge)
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                external_constants=executorch_pack.external_constant if external else False
+            )
+        )
+    weights = program._tensor_data.get(executorch_pack.WEIGHTS_TAG)
+    return Lowered(
+        pte=executorch_pack.share(bytes(program.buffer)),
+        ptd=None if weights is None else bytes(weights),
+    )

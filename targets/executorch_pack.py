@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .executorch_file import parse, program_schema
+from .executorch_file import program_schema
 from .executorch_flatbuffer import Table, read_table
-from .executorch_layout import damage_named, layout
+from .executorch_layout import cut, damage_named, layout
 from .executorch_model import PROGRAM
 
 if TYPE_CHECKING:
@@ -40,11 +40,10 @@ def share(pte: bytes) -> bytes:
     where `pte` is no program.
     """
     data = memoryview(pte)
-    parse(data, PROGRAM)
     with damage_named(PROGRAM):
         places = layout(data, PROGRAM)
         table = read_table(data[: places.program_size], program_schema(), "Program")
-    homes = _homes(data[places.base :], table)
+        homes = _homes(data[places.base :], table)
     if all(home is None for home in homes):
         return pte
     program = bytearray(data[: places.base])
@@ -69,7 +68,7 @@ def share(pte: bytes) -> bytes:
 
 
 def _range(data: memoryview, base: int, segment: Table) -> memoryview:
-    return data[base + segment.offset : base + segment.offset + segment.size]
+    return cut(data, base + segment.offset, segment.size, "a segment")
 
 
 def _homes(data: memoryview, table: Table) -> list[tuple[int, int] | None]:
