@@ -125,7 +125,7 @@ class Adb:
         made = self._shell("mkdir", "-p", REMOTE)
         if made.code:
             raise ExportError(
-                f"{REMOTE} cannot be made on {self.serial}: {_last(made)}",
+                f"{REMOTE} cannot be made on {self.serial}: {last(made)}",
                 f"Try it by hand: adb -s {self.serial} shell mkdir -p {REMOTE}",
             )
         for name, file in files.items():
@@ -136,7 +136,7 @@ class Adb:
             if pushed.code:
                 full = "No space left" in pushed.stdout + pushed.stderr
                 raise ExportError(
-                    f"{name} cannot be pushed to {self.serial}: {_last(pushed)}",
+                    f"{name} cannot be pushed to {self.serial}: {last(pushed)}",
                     f"Free {size / 1e6:.0f} MB on the device and run again."
                     if full
                     else "See whether the device still answers: adb devices",
@@ -209,7 +209,7 @@ def ending(output: Output) -> str:
     number = output.code - 128 if output.code > 128 else 0
     known = {one.value for one in signal.Signals}
     how = f"signal {signal.Signals(number).name}" if number in known else f"exit code {output.code}"
-    return f"{how}: {_last(output)}"
+    return f"{how}: {last(output)}"
 
 
 def _devices() -> dict[str, str]:
@@ -237,7 +237,7 @@ def _text(stream: IO[bytes]) -> str:
     return stream.read().decode(errors="replace").replace("\r\n", "\n")
 
 
-def _last(output: Output) -> str:
+def last(output: Output) -> str:
     """The last line that says something, standard error first."""
     for text in (output.stderr, output.stdout):
         said = [line.strip() for line in text.splitlines() if line.strip() and PID not in line]

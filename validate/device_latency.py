@@ -68,7 +68,7 @@ class DeviceLatency:
         return self.tokens / self.decode.p50 if self.decode else None
 
     def to_dict(self) -> dict[str, object]:
-        """`LatencyResult.to_dict`'s keys: seconds, bytes, tokens per second. And the device's."""
+        """The keys of every bench's JSON, in seconds and bytes; and what only a device has."""
         device = self.device
         machine: dict[str, object] | None = (
             {
@@ -106,6 +106,7 @@ class DeviceLatency:
             "warmup": self.warmup,
             "subjects": [subject],
             "ratios": {},
+            "placement": [],
             "device": asdict(device) if device else None,
             "text": self.text,
             "not_measured": dict(self.not_measured),

@@ -272,7 +272,8 @@ def _result(
         )
     if MARK not in output.stdout:
         raise ExportError(
-            f"{runner} ended on {facts.serial} without a word about its runs.", BUILD_HINT
+            f"{runner} ended on {facts.serial} without a word about its runs: {adb.last(output)}",
+            BUILD_HINT,
         )
     stats = parse(output.stdout)
     if len(stats.runs) != plan.runs:
