@@ -11,6 +11,7 @@ class TargetName(StrEnum):
 
     ONNX = "onnx"
     COREML = "coreml"
+    EXECUTORCH = "executorch"
 
 
 def get(name: str) -> Target:
@@ -23,6 +24,10 @@ def get(name: str) -> Target:
         from . import coreml  # noqa: PLC0415 - imports coremltools where it lowers and runs
 
         return coreml
+    if name == TargetName.EXECUTORCH:
+        from . import executorch  # noqa: PLC0415 - imports executorch where it lowers and runs
+
+        return executorch
     raise ExportError(
         f"There is no target named '{name}'.",
         f"Use one of: {', '.join(TargetName)}. `fastvlm-export targets` lists what each needs.",

@@ -50,7 +50,8 @@ def lower(
             executorch_pack.externalize(edge)
         program = edge.to_executorch(
             ExecutorchBackendConfig(
-                external_constants=executorch_pack.external_constant if external else False
+                run_reinplace_pass=True,  # else the whole cache is copied for each new token
+                external_constants=executorch_pack.external_constant if external else False,
             )
         )
     weights = program._tensor_data.get(executorch_pack.WEIGHTS_TAG)

@@ -1,0 +1,180 @@
+"""ExecuTorch: one program that the stock `MultimodalRunner` runs, on phones, Macs and servers.
+
+Its methods are `vision_encoder`, `token_embedding` and `text_decoder`, the cache inside as mutable
+buffers; methods without inputs tell a client the sizes and end tokens. Every operator is one that
+the stock runtime registers by itself.
+"""
+
+from collections.abc import Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..exporter.bundle import Bundle
+from ..exporter.spec import ExportSpec
+from ..quantize.recipes import Recipe
+from . import client_files, executorch_backends, executorch_recipes
+from .base import DEFAULTS, Artifact, Availability, Options, Session
+from .executorch_model import DECODER, EMBEDDING, METHODS, PROGRAM, VISION, WEIGHTS, Backend
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+RUNTIME_PACKAGES = ("executorch",)
+REMEDY = "pip install 'fastvlm-export[executorch]'"
+
+
+def availability() -> Availability:
+    """Look for the package, which lowers and runs."""
+    found = {name: metadata.version(name) for name in RUNTIME_PACKAGES if find_spec(name)}
+    return Availability(
+        lower=bool(found),
+        run=bool(found),
+        versions=found,
+        remedy="" if found else f"executorch not found: {REMEDY}",
+    )
+
+
+def backend_of(options: Options) -> Backend:
+    """The backend that is asked for; XNNPACK runs on every phone and processor."""
+    return Backend(options.backend) if options.backend else Backend.XNNPACK
+
+
+def option_problems(options: Options) -> list[str]:
+    """Backends that can't be had here, and what is other targets' choice."""
+    given = {"--layout": options.layout, "--deployment-target": options.deployment_target}
+    found = [
+        f"{name} {value}: target 'executorch' has no such choice"
+        for name, value in given.items()
+        if value
+    ]
+    if options.backend is not None:
+        found += executorch_backends.problems(options.backend)
+    return found
+
+
+def adapt(recipe: Recipe, options: Options = DEFAULTS) -> Recipe:
+    """The built-in recipe as the backend computes it; any other as it is."""
+    return executorch_recipes.adapt(recipe, backend_of(options))
+
+
+def problems(
+    recipe: Recipe,
+    layers: Mapping[str, int] | None,
+    *,
+    tied: bool = False,
+    options: Options = DEFAULTS,
+) -> list[str]:
+    """Every reason why the backend cannot express an adapted recipe."""
+    return executorch_recipes.problems(recipe, layers, backend_of(options))
+
+
+def contract_problems(spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
+    """A tokenizer that is larger than the head: the runner's sampler reads as many logits."""
+    words, rows = spec.tokenizer.vocab_size, spec.decoder.vocab_size
+    if words <= rows:
+        return []
+    return [
+        f"The tokenizer has ids up to {words - 1}, the logits are {rows} wide: ExecuTorch's runner "
+        "would read beyond them"
+    ]
+
+
+def lower(
+    programs: Mapping[str, "ExportedProgram"],
+    spec: ExportSpec,
+    recipe: Recipe,
+    out: Path,
+    options: Options = DEFAULTS,
+) -> Artifact:
+    """Write the program and the client's files below the empty folder `out`."""
+    from . import (  # noqa: PLC0415 - imports executorch and torch
+        executorch_decoder,
+        executorch_embedding,
+        executorch_lowering,
+        executorch_vision,
+    )
+
+    backend, external = backend_of(options), bool(options.external_weights)
+    methods = {
+        VISION: executorch_vision.vision_method(programs["vision"]),
+        EMBEDDING: executorch_embedding.embedding_method(programs["embedding"], spec.context),
+        DECODER: executorch_decoder.decoder_method(programs["decoder"], spec.decoder, spec.context),
+    }
+    partitioners = {name: executorch_backends.partitioners(backend, name) for name in methods}
+    lowered = executorch_lowering.lower(methods, partitioners, constants(spec), external=external)
+    (out / PROGRAM).write_bytes(lowered.pte)
+    if lowered.ptd is not None:
+        (out / WEIGHTS).write_bytes(lowered.ptd)
+    _write_client_files(spec, out)
+    return Artifact(
+        graphs=_graphs(spec),
+        details={"backend": backend.value, "external_weights": int(external)},
+    )
+
+
+def constants(spec: ExportSpec) -> dict[str, Any]:
+    """Methods without inputs -> what they return: sizes and end tokens, for clients to ask.
+
+    The runner reads `get_max_seq_len` and what follows it; optimum's loader the others.
+    """
+    ends = list(spec.eos_token_ids)
+    return {
+        "get_max_seq_len": spec.context,
+        "get_max_context_len": spec.context,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "use_sdpa_with_kv_cache": False,
+        "get_vocab_size": spec.decoder.vocab_size,
+        "vision_token_id": spec.image_token_id,
+        "modality": "vision",
+        **({"get_eos_ids": ends, "get_eos_id": ends[0]} if ends else {}),
+    }
+
+
+def _graphs(spec: ExportSpec) -> dict[str, dict[str, dict[str, str]]]:
+    """Names, types and shapes of what goes in and comes out of each method."""
+    side, width = spec.preprocessing.resolution, spec.decoder.hidden_size
+    embeds = f"float32[1,sequence_length,{width}]"
+    return {
+        "vision": {
+            "inputs": {"pixel_values": f"float32[1,3,{side},{side}]"},
+            "outputs": {"image_features": f"float32[1,{spec.image_tokens},{width}]"},
+        },
+        "embedding": {
+            "inputs": {"input_ids": "int64[1,sequence_length]"},
+            "outputs": {"inputs_embeds": embeds},
+        },
+        "decoder": {
+            "inputs": {"inputs_embeds": embeds, "cache_position": "int64[sequence_length]"},
+            "outputs": {"logits": f"float32[1,1,{spec.decoder.vocab_size}]"},
+        },
+    }
+
+
+def _write_client_files(spec: ExportSpec, out: Path) -> None:
+    files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
+    client_files.write_json(files, out)
+
+
+def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target gives it
+    """Load the program into ExecuTorch's runtime. Raises ExportError for a damaged file."""
+    from .executorch_session import ExecuTorchSession  # noqa: PLC0415 - imports executorch
+
+    return ExecuTorchSession(bundle)
+
+
+__all__ = [
+    "METHODS",
+    "RUNTIME_PACKAGES",
+    "adapt",
+    "availability",
+    "backend_of",
+    "constants",
+    "contract_problems",
+    "lower",
+    "open",
+    "option_problems",
+    "problems",
+]
