@@ -14,7 +14,7 @@ are stored as they are, in Core ML's type (int64 becomes int32). Stored otherwis
 Not stored are zero points of zero, and most constants that change nothing (times 1, plus 0).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
-from ..quantize.ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, LOOKUP, QUANTIZE, lifted
+from ..quantize.ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, LOOKUP, QUANTIZE
 from .coreml_lowering import numpy, traced_type
+from .program_constants import NEUTRAL, Constants, live_nodes
 
 ATTENTION = "fastvlm.cached_attention.default"
 ANGLES = slice(6, 8)
@@ -35,10 +34,6 @@ ANGLES = slice(6, 8)
 
 LINEAR = {"aten.linear.default": 2, "fastvlm.quantized_linear.default": 4}
 """Linear layers, and where they have their bias."""
-
-NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
-"""Elementwise operators of two operands, and the second that changes nothing."""
-CLAMP = "aten.clamp.default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,32 +65,12 @@ def stored(
     constant that some operator reads.
     """
     collector = _Collector(program, capacity)
-    live = _live(program, until)
+    live = live_nodes(program, until)
     for node in program.graph.nodes:
-        if node in live and node.op == "call_function" and not collector.is_constant(node):
+        if node in live and node.op == "call_function" and node not in collector.constants:
             collector.add_reads(node)
-    forgotten = [
-        name
-        for node, name in collector.names.items()
-        if node in live and name not in collector.accounted
-    ]
-    if forgotten:
-        raise RuntimeError(f"{', '.join(forgotten)}: read, but not said how it is stored")
+    collector.constants.refuse_forgotten(live)
     return tuple(Stored(names=k[0], numbers=n, reads=r) for k, (n, r) in collector.found.items())
-
-
-def scalars(program: ExportedProgram, *, until: Node | None = None) -> frozenset[float]:
-    """Numbers in the program's own operators (a factor, a bound), and two that lowering adds.
-
-    MIL's `rsqrt` wants to be told to add nothing, and a reciprocal is a division of 1.
-    """
-    live = _live(program, until)
-    found = {0.0, 1.0}
-    for node in live:
-        kinds = (int, float) if str(node.target) in (*NEUTRAL, CLAMP) else (float,)
-        leaves = pytree.tree_leaves((node.args, node.kwargs))
-        found |= {float(x) for x in leaves if isinstance(x, kinds) and not isinstance(x, bool)}
-    return frozenset(found)
 
 
 def as_long(table: Tensor, capacity: int) -> Tensor:
@@ -107,39 +82,13 @@ def as_long(table: Tensor, capacity: int) -> Tensor:
     return torch.cat((table, beyond))
 
 
-def _live(program: ExportedProgram, until: Node | None) -> set[Node]:
-    """What the first output, or `until`, is computed from."""
-    results = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    last = results[0] if until is None else until
-    found, waiting = {last}, [last]
-    while waiting:
-        new = [n for n in waiting.pop().all_input_nodes if n not in found]
-        found.update(new)
-        waiting += new
-    return found
-
-
 class _Collector:
     """Goes over the operators that are run, and notes what each reads of what is stored."""
 
     def __init__(self, program: ExportedProgram, capacity: int) -> None:
-        specs = program.graph_signature.input_specs
-        places = [node for node in program.graph.nodes if node.op == "placeholder"]
-        # Constants come first, then the user's inputs.
-        self.values = {n: t.detach() for n, t in zip(places, lifted(program), strict=False)}
-        self.names = {n: str(s.target) for n, s in zip(self.values, specs, strict=False)}
-        self.constant: set[Node] = set(self.values)
-        for node in program.graph.nodes:
-            made_of = node.all_input_nodes if node.op == "call_function" else ()
-            if made_of and self.constant.issuperset(made_of):
-                self.constant.add(node)
+        self.constants = Constants(program)
         self.capacity = capacity
-        self.accounted: set[str] = set()
         self.found: dict[Any, tuple[Callable[[], NDArray[Any]], int]] = {}
-
-    def is_constant(self, node: Node) -> bool:
-        """Whether it is stored, or made of nothing but what is."""
-        return node in self.constant
 
     def add_reads(self, node: Node) -> None:
         """What one operator reads that is computed at run time."""
@@ -151,37 +100,28 @@ class _Collector:
             self._add_range(node, node.all_input_nodes[0] if kind == QUANTIZE else node)
         if kind in LINEAR and not any(isinstance(a, Node) for a in node.args[LINEAR[kind] :][:1]):
             size, dtype = node.meta["val"].shape[-1], traced_type(node)
-            name = self._leaves(node.all_input_nodes[1])[0]
+            name = self.constants.leaves(node.all_input_nodes[1])[0]
             self._add((f"{name} (no bias)",), dtype, lambda: torch.zeros(size, dtype=dtype))
-        for source in filter(self.is_constant, node.all_input_nodes):
+        for source in (n for n in node.all_input_nodes if n in self.constants):
             if kind not in NEUTRAL:
                 self._add_read(source, None)
             else:
-                times = 0 if self._changes_nothing(node, source) else 1
-                self._add_read(source, traced_type(node), times)
-
-    def _changes_nothing(self, node: Node, source: Node) -> bool:
-        """Whether an elementwise operator with this constant gives its other operand as it is."""
-        kind = str(node.target)
-        other = next(n for n in node.all_input_nodes if n is not source)
-        if node.args[1] is not source and kind in ("aten.sub.Tensor", "aten.div.Tensor"):
-            return False
-        if other.meta["val"].shape != node.meta["val"].shape:
-            return False
-        return bool((self._value(source).to(traced_type(node)) == NEUTRAL[kind]).all())
+                dtype = traced_type(node)
+                times = 0 if self.constants.changes_nothing(node, source, dtype) else 1
+                self._add_read(source, dtype, times)
 
     def _add_attention(self, node: Node) -> None:
         """Queries, keys and values may be constants as anywhere; all layers share the tables."""
-        for source in (n for n in node.args[:3] if isinstance(n, Node) and self.is_constant(n)):
+        for source in (n for n in node.args[:3] if isinstance(n, Node) and n in self.constants):
             self._add_read(source, None)
         dtype = traced_type(node.all_input_nodes[0])
         for table in (n for n in node.args[ANGLES] if isinstance(n, Node)):
 
             def whole(table: Node = table) -> Tensor:
-                return as_long(self._value(table), self.capacity).to(dtype)
+                return as_long(self.constants.value(table), self.capacity).to(dtype)
 
-            before = self.found.get((self._leaves(table), dtype))
-            self._add(self._leaves(table), dtype, whole, 0 if before else 1)
+            before = self.found.get((self.constants.leaves(table), dtype))
+            self._add(self.constants.leaves(table), dtype, whole, 0 if before else 1)
 
     def _add_range(self, node: Node, real: Node) -> None:
         """Scale and zero point of activations, which are numbers in the graph."""
@@ -201,24 +141,24 @@ class _Collector:
         else:
 
             def numbers() -> Tensor:
-                value = self._value(source)
+                value = self.constants.value(source)
                 return value if dtype is None else value.to(dtype)
 
-            self._add(self._leaves(source), dtype, numbers, times)
+            self._add(self.constants.leaves(source), dtype, numbers, times)
 
     def _add_weight(self, node: Node) -> None:
         """Integers and scales, one for each index along an axis: int8 [N,...], or an int32 bias."""
         weight, scale, zeros = (n for n in node.args[:3] if isinstance(n, Node))
         dtype = traced_type(node)
-        if not self._value(zeros).any():
-            self.accounted.update(self._leaves(zeros))
+        if not self.constants.value(zeros).any():
+            self.constants.accounted.update(self.constants.leaves(zeros))
         else:
             self._add_read(zeros, None)
         if traced_type(weight) is torch.int32:
             self._add(
-                (*self._leaves(weight), *self._leaves(scale)),
+                (*self.constants.leaves(weight), *self.constants.leaves(scale)),
                 dtype,
-                lambda: (self._value(weight) * self._value(scale)).to(dtype),
+                lambda: (self.constants.value(weight) * self.constants.value(scale)).to(dtype),
             )
         else:
             self._add_read(weight, None)
@@ -233,22 +173,4 @@ class _Collector:
     ) -> None:
         before = self.found.get((names, dtype), (None, 0))[1]
         self.found[names, dtype] = (lambda: numpy(make()), before + times)
-        self.accounted.update(names)
-
-    def _value(self, node: Node) -> Tensor:
-        """A constant's numbers, computed where it is made of others."""
-        if node in self.values:
-            return self.values[node]
-        args, kwargs = map_arg((node.args, node.kwargs), self._value)
-        made: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return made
-
-    def _leaves(self, node: Node) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self._iterate_leaves(node)))
-
-    def _iterate_leaves(self, node: Node) -> Iterator[str]:
-        if node in self.names:
-            yield self.names[node]
-        else:
-            for source in node.all_input_nodes:
-                yield from self._iterate_leaves(source)
+        self.constants.accounted.update(names)

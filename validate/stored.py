@@ -1,13 +1,15 @@
-"""Every stored number of a Core ML bundle, held against the quantized programs.
+"""Every stored number of a Core ML or ExecuTorch bundle, held against the quantized programs.
 
 What a model answers cannot show every weight: no prompt may use an embedding's row, and one integer
 of a hundred million moves nothing by more than roundings do. So each constant tensor that a program
 reads has to be in its package, number by number: weights, integers, scales, zero points, lookup
-indices and tables, biases, rotary tables, the static ranges of activations.
+indices and tables, biases, rotary tables, the static ranges of activations. A package is here what
+a manifest names: one of Core ML's, or an ExecuTorch file with its functions, the methods.
 
 It is looked up by its numbers, as packages keep no names and hold equal tensors once; of tensors
 that are equal, as many are to be there as there are readers. The other way round a package has no
-float, no small integer that its program has not, so that nothing is scaled or shifted in between.
+float, no small integer that its program has not, so that nothing is scaled or shifted in between;
+what lowering adds to average or to select by a product (1/n, -1, 0 and 1) is known.
 
 So this does not show a tensor that one layer reads in the place of another's, another operator on
 the same numbers, or other shapes, axes and positions: those change what is computed, and are
@@ -113,7 +115,11 @@ def _difference(found: StoredFunction) -> str:
 
 
 def has_stored(bundle: Bundle) -> bool:
-    """Whether a bundle's weights can be compared: those of Core ML packages, on any system."""
+    """Whether a bundle's weights can be compared: those that its runtime keeps as numbers."""
+    from . import executorch_stored  # noqa: PLC0415 - it imports this module
+
+    if bundle.manifest.target == TargetName.EXECUTORCH:
+        return executorch_stored.can_compare(bundle)
     return bundle.manifest.target == TargetName.COREML
 
 
@@ -121,12 +127,23 @@ def compare_stored(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") ->
     """Look every constant of the programs up in the bundle's packages.
 
     One tensor is in memory at a time, beside the programs. Raises ExportError for packages that
-    are missing, foreign or damaged. In the layout of Apple's app that is the tower alone: what MLX
-    reads is opened, and compared, as the numbers it is.
+    are missing, foreign or damaged.
+    """
+    from . import executorch_stored  # noqa: PLC0415 - it imports this module
+
+    if bundle.manifest.target == TargetName.EXECUTORCH:
+        return StoredWeights(functions=tuple(executorch_stored.compare(bundle, programs)))
+    return StoredWeights(functions=tuple(_compare_coreml(bundle, programs)))
+
+
+def _compare_coreml(
+    bundle: Bundle, programs: "Mapping[str, ExportedProgram]"
+) -> Iterator[StoredFunction]:
+    """Core ML's functions; in the layout of Apple's app that is the tower alone: what MLX reads is
+    opened, and compared, as the numbers it is.
     """
     from .mil.contents import Contents, fingerprint, is_weight  # noqa: PLC0415 - imports coremltools
 
-    found = []
     for one in _expected(bundle, programs):
         contents = Contents(bundle.path / one.package)
         wanted = []
@@ -143,18 +160,15 @@ def compare_stored(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") ->
             lacking = {print_ for print_, reads in needed.items() if have[print_] < reads}
             foreign = [print_ for print_ in have if is_weight(print_) and print_ not in known]
             needing = [(tensor, p, size) for tensor, p, size in wanted if tensor.reads]
-            found.append(
-                StoredFunction(
-                    package=one.package,
-                    function=function,
-                    stage=stage,
-                    tensors=len(needing),
-                    numbers=sum(size for *_, size in needing),
-                    missing=tuple(tensor.name for tensor, p, _ in needing if p in lacking),
-                    foreign=tuple(sorted(contents.names[print_] for print_ in foreign)),
-                )
+            yield StoredFunction(
+                package=one.package,
+                function=function,
+                stage=stage,
+                tensors=len(needing),
+                numbers=sum(size for *_, size in needing),
+                missing=tuple(tensor.name for tensor, p, _ in needing if p in lacking),
+                foreign=tuple(sorted(contents.names[print_] for print_ in foreign)),
             )
-    return StoredWeights(functions=tuple(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +184,8 @@ class _Expected:
 def _expected(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") -> Iterator[_Expected]:
     from ..targets import apple_app, coreml_decoder, coreml_graphs  # noqa: PLC0415 - as above
     from ..targets import coreml_model as names  # noqa: PLC0415
-    from ..targets.coreml_stored import scalars, stored  # noqa: PLC0415
+    from ..targets.coreml_stored import stored  # noqa: PLC0415
+    from ..targets.program_constants import scalars  # noqa: PLC0415
 
     vision, artifact = programs["vision"], bundle.manifest.artifact
     is_app = artifact.get("layout") == apple_app.LAYOUT

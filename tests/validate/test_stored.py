@@ -54,7 +54,9 @@ class Written:
     folder: Path
 
     def compare(self, folder: Path | None = None, **artifact: Any) -> StoredWeights:
-        manifest = SimpleNamespace(context=CONTEXT, artifact=artifact or {"capacity": CAPACITY})
+        manifest = SimpleNamespace(
+            target="coreml", context=CONTEXT, artifact=artifact or {"capacity": CAPACITY}
+        )
         bundle: Any = SimpleNamespace(path=folder or self.folder, manifest=manifest)
         return compare_stored(bundle, self.programs)
 
