@@ -8,10 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .delegation import Delegation, MethodDelegation, Work, percent
+from ..targets.executorch_model import Backend
+from .delegation import BACKEND_NAMES, Delegation, MethodDelegation, Work, percent
 
-SHOWN = 8
-"""Kinds of operators that are named; report.json lists every one."""
+SHOWN = 6
+"""Kinds of operators that are named, of those that compute and of those that only move numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ def rows(found: Delegation) -> list[Row]:
     return [
         Row(
             method=one.method,
-            delegates=_delegates(one),
+            delegates=_delegates(one, found.backend),
             operators=f"{one.nodes_inside:,} of {one.nodes_inside + one.nodes_outside:,}",
             flops=percent(one.share_of_flops),
             passed=None if one.expected is None else one.passed,
@@ -39,20 +40,24 @@ def rows(found: Delegation) -> list[Row]:
     ]
 
 
-def _delegates(one: MethodDelegation) -> str:
-    if not one.delegates:
-        return "none"
-    names = ", ".join(dict.fromkeys(one.delegates))
-    return f"{len(one.delegates)} ({names})"
+def _delegates(one: MethodDelegation, backend: str) -> str:
+    """Their number, and their backends' names where they are not the bundle's."""
+    others = {name for name in one.delegates if name != BACKEND_NAMES.get(Backend(backend))}
+    names = f" ({', '.join(sorted(others))})" if others else ""
+    return f"{len(one.delegates)}{names}"
 
 
 def details(found: Delegation) -> Iterator[tuple[str, str]]:
     """(what, names with counts) of each method: what costs most inside, what is left outside."""
     for one in found.methods:
-        if one.inside:
-            yield f"{one.method}, inside", _listed(one.inside, one.flops_inside)
-        if one.outside:
-            yield f"{one.method}, outside", _listed(one.outside, one.flops_outside)
+        for place, works in (("inside", one.inside), ("outside", one.outside)):
+            total = sum(work.flops for work in works)
+            parts = (
+                _listed([work for work in works if work.flops], total),
+                _listed([work for work in works if not work.flops], total),
+            )
+            if works:
+                yield f"{one.method}, {place}", "; without FLOPs: ".join(filter(None, parts))
 
 
 def _listed(works: Sequence[Work], total: int) -> str:
@@ -62,16 +67,16 @@ def _listed(works: Sequence[Work], total: int) -> str:
 
 
 def _named(one: Work, total: int) -> str:
-    cost = f" ({percent(one.flops / total)} of FLOPs)" if one.flops else ""
+    cost = f" {percent(one.flops / total)}" if one.flops else ""
     return f"{one.nodes} {one.kind}{cost}"
 
 
 def terminal(found: Delegation) -> Group:
     """The table, and below it what is inside and outside of the delegates."""
-    title = f"Placement on backend '{found.backend}', read from the program"
+    title = f"Placement on backend '{found.backend}': operators and FLOPs in delegates"
     table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("Method", no_wrap=True)
-    for name in ("Delegates", "Operators inside", "FLOPs inside"):
+    for name in ("Delegates", "Operators", "FLOPs"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows(found):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fastvlm_export.validate import terminal
+from fastvlm_export.validate import delegation_view, terminal
 from fastvlm_export.validate.delegation import Delegation, MethodDelegation, gather
 
 from .pages import shown, strict, words
@@ -45,10 +45,9 @@ def test_every_form_shows_what_is_inside_and_outside():
     assert found.passed
     assert "In one delegate each: vision_encoder with 100 % of its FLOPs" in found.verdict
     for text in (words(found), shown(terminal.render(found))):
-        assert "1 (XnnpackBackend)" in text
         assert "5 of 7" in text  # operators of the decoder
         assert "2 aten::index_put_.out" in text
-        assert "1 FullyConnected (90.9 % of FLOPs)" in text
+        assert "1 FullyConnected 90.9 %, 1 Softmax 9.09 %; without FLOPs: 3 StaticReshape" in text
         assert "In one delegate each: vision_encoder with" in text
     data = strict(found.to_json())["placement"]
     assert data["passed"] is True
@@ -57,6 +56,10 @@ def test_every_form_shows_what_is_inside_and_outside():
         {"kind": "aten::index_put_.out", "nodes": 2, "flops": 0}
     ]
     assert data["methods"][1]["checks"] == []
+    assert [row.delegates for row in delegation_view.rows(WHOLE)] == ["1", "0", "1"]
+    foreign = replace(WHOLE.methods[0], delegates=("CoreMLBackend",))
+    [row] = delegation_view.rows(replace(WHOLE, methods=(foreign,)))
+    assert row.delegates == "1 (CoreMLBackend)"
 
 
 def test_a_placement_beyond_its_limits_fails_the_report_and_says_why():
