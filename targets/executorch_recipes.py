@@ -121,10 +121,12 @@ def _width_problems(recipe: Recipe, layers: Mapping[str, int], backend: Backend)
             f"{key}.group_size is {size}: it does not divide the input width {width} of {names}; "
             f"target 'executorch' takes a size that does with --backend {backend}"
         )
+    rest: dict[tuple[str, int], str] = {}
     for layer, width in layers.items():
         setting = recipe.setting(layer)
-        precision = setting.precision
-        whole = precision.bits == 4 and precision.group_size is None and in_groups(setting)
-        if whole and width % GROUP:
-            can = f"input widths that {GROUP} divides with 4 bits; {layer} has {width}"
-            yield _line(f"{setting.key}.group_size", PER_CHANNEL, can, backend)
+        whole = setting.precision.bits == 4 and setting.precision.group_size is None
+        if whole and in_groups(setting) and width % GROUP:
+            rest.setdefault((setting.key, width), layer)
+    for (key, width), layer in rest.items():
+        can = f"input widths that {GROUP} divides with 4 bits; {layer} has {width}"
+        yield _line(f"{key}.group_size", PER_CHANNEL, can, backend)
