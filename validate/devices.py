@@ -5,6 +5,7 @@ ids; `PyTorchObserver` lines back. Preprocessing and tokenizing stay here, as th
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from ..exporter.errors import ExportError
 from ..exporter.preprocess import preprocess
 from ..exporter.prompt import IMAGE_TOKEN, prompt_ids, qwen_2_prompt
 from ..exporter.samples import Sample
-from ..exporter.tokenizer import Tokenizer, read_tokenizer
+from ..exporter.tokenizer import read_tokenizer
 from ..targets.executorch_model import PROGRAM, WEIGHTS, Backend
 from . import adb
 from .adb import Adb, Output
@@ -104,14 +105,14 @@ def from_log(path: Path, bundle: Bundle) -> DeviceLatency:
     """The runs in a log that a runner's output was saved to; the device is not known from it."""
     check_bundle(bundle)
     try:
-        text = path.read_text("utf-8", errors="replace")
+        printed = path.read_text("utf-8", errors="replace")
     except OSError as error:
         raise ExportError(
             f"The log {path} cannot be read: {error.strerror}.",
             f"Save what the runner prints to a file first: {IOS_HINT}",
         ) from error
-    stats = parse(text)
-    texts = _texts(stats, read_tokenizer(bundle.path))
+    stats = parse(printed)
+    first_text, text = _texts(stats, bundle)
     # What was asked is the log's; a prompt that the bundle's image does not fit in is not its own.
     if stats.prompt_tokens < bundle.manifest.image_tokens:
         raise ExportError(
@@ -123,8 +124,8 @@ def from_log(path: Path, bundle: Bundle) -> DeviceLatency:
         stats,
         setting=f"{bundle.manifest.recipe['name']}; read from {path.name}",
         load_note="as the runner says; whether the files were cached is not known",
-        first_text=texts[0],
-        text=texts[1],
+        first_text=first_text,
+        text=text,
     )
 
 
@@ -280,7 +281,7 @@ def _result(
         raise ExportError(
             f"{runner} was asked for {plan.runs} runs and told of {len(stats.runs)}.", BUILD_HINT
         )
-    first_text, text = _texts(stats, read_tokenizer(bundle.path))
+    first_text, text = _texts(stats, bundle)
     return result(
         stats,
         setting=f"{bundle.manifest.recipe['name']}; {Path(runner).name} over adb",
@@ -304,9 +305,14 @@ def _remedy(output: Output) -> str:
     return "See whether the bundle itself is sound: fastvlm-export validate BUNDLE. " + BUILD_HINT
 
 
-def _texts(stats: RunnerStats, tokenizer: Tokenizer) -> tuple[str | None, str | None]:
-    """The first token's text and all of the last run's; None where ids were not printed."""
+def _texts(stats: RunnerStats, bundle: Bundle) -> tuple[str | None, str | None]:
+    """The first token's text and the last run's answer; None where ids were not printed.
+
+    A runner decodes as many tokens as it is told to; the answer ends where a client would stop.
+    """
     tokens = stats.runs[-1].tokens
     if not tokens:
         return None, None
-    return tokenizer.decode(tokens[:1]), tokenizer.decode(tokens)
+    tokenizer, ends = read_tokenizer(bundle.path), bundle.manifest.eos_token_ids
+    answer = list(itertools.takewhile(lambda token: token not in ends, tokens))
+    return tokenizer.decode(tokens[:1]), tokenizer.decode(answer)

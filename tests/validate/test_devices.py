@@ -376,6 +376,18 @@ def test_a_log_of_a_bench_is_read_by_the_command(bundle, tmp_path):
             bench_phones.bench(PhoneRequest(bundle=bundle.path, stats=missing))
 
 
+def test_an_answer_ends_where_a_client_would_stop(content, tmp_path):
+    found = [
+        devices.from_log(
+            LOGS / "fastvlm_runner.log",
+            phones.write_bundle(tmp_path / str(end), content, eos_token_ids=(end,)),
+        )
+        for end in (190, 191)
+    ]
+    assert [len(one.text) for one in found] == [0, 17]
+    assert found[0].first_text == found[1].first_text != ""
+
+
 def test_a_log_of_prompts_without_the_bundles_image_is_refused(content, tmp_path):
     one = phones.write_bundle(tmp_path / "large", content, image_tokens=256)
     with pytest.raises(ExportError, match="116 tokens; this bundle's image alone takes 256"):
