@@ -8,24 +8,43 @@ and must not see what an earlier one left.
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.export import ExportedProgram
 
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
-from ..targets import executorch_file
+from ..targets import coreml_decoder, executorch_file
 from ..targets.base import Array, TokenIds, check_context
 from ..targets.coreml_model import MAIN
+from ..targets.coreml_stored import stored
 from ..targets.executorch_coreml_payload import BACKEND, METADATA, PACKAGE, unpack
 from ..targets.executorch_file import Delegate, Method
-from ..targets.executorch_model import DECODER, EMBEDDING, EXPORT_HINT, PROGRAM, VISION, WEIGHTS
+from ..targets.executorch_model import (
+    DECODER,
+    EMBEDDING,
+    EXPORT_HINT,
+    METHODS,
+    PROGRAM,
+    VISION,
+    WEIGHTS,
+)
+from ..targets.program_constants import scalars
 from .mil import Interpreter, open_model
+from .parity_types import Stage
+from .stored import Expected, StoredFunction, compare_package
 
 _ARGUMENTS = {VISION: 1, EMBEDDING: 1, DECODER: 2}
+_STAGES = {
+    VISION: Stage.IMAGE_FEATURES,
+    EMBEDDING: Stage.EMBEDDINGS,
+    DECODER: Stage.FIRST_TOKEN,
+}
 
 
 class CoreMLPackages:
@@ -89,6 +108,23 @@ class CoreMLDelegateSession:
         self.past = 0
 
 
+def compare(bundle: Bundle, programs: Mapping[str, ExportedProgram]) -> Iterator[StoredFunction]:
+    """The packages' numbers against the programs', method by method: see `stored`."""
+    packages = CoreMLPackages(bundle)
+    # What `coreml_decoder` adds to the scores of keys that a row must not see.
+    own = {DECODER: frozenset({coreml_decoder.HIDDEN})}
+    for graph, method in METHODS.items():
+        program = programs[graph]
+        expected = Expected(
+            package=PROGRAM,
+            functions={MAIN: _STAGES[method]},
+            tensors=stored(program, capacity=bundle.manifest.context if method == DECODER else 0),
+            scalars=scalars(program) | own.get(method, frozenset()),
+        )
+        for found in compare_package(packages.paths[method], expected):
+            yield replace(found, function=method)
+
+
 class _Delegated:
     """One method: its package's only function, called as the delegate calls it."""
 
@@ -150,4 +186,4 @@ def _metadata(path: Path, where: str) -> Mapping[str, Any]:
     return found
 
 
-__all__ = ["CoreMLDelegateSession", "CoreMLPackages"]
+__all__ = ["CoreMLDelegateSession", "CoreMLPackages", "compare"]

@@ -30,7 +30,7 @@ STAGES = {
     EMBEDDING: Stage.EMBEDDINGS,
     DECODER: Stage.FIRST_TOKEN,
 }
-READABLE = (Backend.XNNPACK, Backend.PORTABLE)
+READABLE = (Backend.XNNPACK, Backend.PORTABLE, Backend.COREML)
 """Backends whose files keep numbers as they are; others compile them to forms of their own."""
 
 
@@ -44,6 +44,11 @@ def compare(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") -> Iterat
 
     Raises ExportError for files that are missing, foreign or damaged.
     """
+    if bundle.manifest.artifact.get("backend") == Backend.COREML:
+        from . import executorch_coreml  # noqa: PLC0415 - imports coremltools
+
+        yield from executorch_coreml.compare(bundle, programs)
+        return
     from ..targets.executorch_contents import Contents  # noqa: PLC0415 - these import executorch
     from ..targets.executorch_file import read  # noqa: PLC0415
     from ..targets.executorch_stored import expected  # noqa: PLC0415

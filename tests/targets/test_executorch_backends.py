@@ -61,12 +61,8 @@ def test_asking_imports_nothing_heavy() -> None:
 
 def test_one_partitioner_of_xnnpack_takes_every_precision() -> None:
     [partitioner] = partitioners(Backend.XNNPACK, "text_decoder")
-    taken = {
-        kind
-        for config in partitioner.partitioner_configs
-        for kind in config.enabled_precision_types
-    }
-    assert set(taken) == set(ConfigPrecisionType)
+    linear = partitioner.target_partitioner_configs["linear.default"]
+    assert set(linear.enabled_precision_types) == set(ConfigPrecisionType)
     assert not partitioner.per_op_mode  # or every linear layer would be a delegate of its own
     assert partitioners(Backend.PORTABLE, "text_decoder") == []
     with pytest.raises(ValueError, match="coreml"):

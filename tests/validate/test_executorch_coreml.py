@@ -22,7 +22,7 @@ from fastvlm_export.targets.coreml_model import MAIN
 from fastvlm_export.targets.eager import ProgramSession
 from fastvlm_export.targets.executorch_coreml_payload import BACKEND
 from fastvlm_export.targets.executorch_model import DECODER, EMBEDDING, METHODS, PROGRAM, VISION
-from fastvlm_export.validate.executorch_coreml import CoreMLDelegateSession, CoreMLPackages
+from fastvlm_export.validate.executorch_coreml import CoreMLDelegateSession, CoreMLPackages, compare
 from fastvlm_export.validate.mil import open_model
 
 from ..targets.conftest import CONTEXT, RESOLUTION, lively_model, make_spec
@@ -39,6 +39,7 @@ class Lowered:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         model = lively_model(300, tied=True)
         self.spec: ExportSpec = make_spec(model)
+        self.table = model.decoder.embed_tokens.weight.detach()
         folded = reparameterize(model).model
         self.programs: Mapping[str, ExportedProgram] = quantize(
             folded, recipe, self.spec, None, lambda _: None
@@ -140,6 +141,19 @@ def test_only_the_decoder_keeps_states_and_takes_any_number_of_rows(lowered: Low
     assert models[VISION].inputs == {"pixel_values": (1, 3, RESOLUTION, RESOLUTION)}
     identifiers = {metadata["identifier"] for metadata in packages.metadata.values()}
     assert len(identifiers) == 3  # the runtime keeps compiled packages by them
+
+
+def test_every_stored_number_is_the_programs(lowered: Lowered, tmp_path: Path) -> None:
+    found = list(compare(lowered.bundle, lowered.programs))
+    assert [one.function for one in found] == [VISION, EMBEDDING, DECODER]
+    assert all(one.passed and one.numbers > 1000 for one in found)
+    row = lowered.table[123].numpy().tobytes()
+    assert 1 <= lowered.pte.count(row) <= 2  # in the table, and in the head where both are float
+    changed = lowered.pte.replace(row, row[:-1] + bytes([row[-1] ^ 1]), 1)
+    (tmp_path / PROGRAM).write_bytes(changed)
+    found = list(compare(bundle_in(tmp_path), lowered.programs))
+    [broken] = [one.function for one in found if not one.passed]
+    assert broken in (EMBEDDING, DECODER)
 
 
 def opened(folder: Path, pte: bytes) -> CoreMLDelegateSession:
