@@ -249,9 +249,7 @@ def bench(
     stats: Annotated[
         Path | None, typer.Option(help="Read a log that a runner printed on a phone instead.")
     ] = None,
-    kit: Annotated[
-        Path | None, typer.Option(help="Write what a phone without adb needs to this folder.")
-    ] = None,
+    kit: Annotated[Path | None, typer.Option(help="Write what a phone needs to this DIR.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -261,12 +259,8 @@ def bench(
     from . import phones, running  # noqa: PLC0415 - imports torch
 
     plan = Plan(runs=runs, least_runs=min(runs, 5))
-    elsewhere = {
-        "--against": against,
-        "--compute-units": compute_units,
-        "--checkpoint": checkpoint,
-        "--random": random,
-    }
+    elsewhere = {"--against": bool(against), "--compute-units": bool(compute_units)}
+    elsewhere |= {"--checkpoint": bool(checkpoint), "--random": bool(random)}
     phone = phones.PhoneRequest(
         bundle=bundle,
         device=device,
@@ -276,7 +270,7 @@ def bench(
         kit=kit,
         image=image,
         plan=plan,
-        elsewhere=tuple(name for name, value in elsewhere.items() if value),
+        elsewhere=tuple(name for name, given in elsewhere.items() if given),
     )
     if phone.asked:
         there = with_progress(quiet, lambda bars: phones.bench(phone, bars))
