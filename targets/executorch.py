@@ -21,6 +21,8 @@ from .executorch_model import DECODER, EMBEDDING, METHODS, PROGRAM, VISION, WEIG
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from .executorch_lowering import Lowered
+
 RUNTIME_PACKAGES = ("executorch",)
 REMEDY = "pip install 'fastvlm-export[executorch]'"
 
@@ -51,6 +53,11 @@ def option_problems(options: Options) -> list[str]:
     ]
     if options.backend is not None:
         found += executorch_backends.problems(options.backend)
+    if options.backend == Backend.COREML and options.external_weights:
+        found.append(
+            "--external-weights: --backend coreml keeps the weights in its packages, inside the "
+            "program"
+        )
     return found
 
 
@@ -89,21 +96,8 @@ def lower(
     options: Options = DEFAULTS,
 ) -> Artifact:
     """Write the program and the client's files below the empty folder `out`."""
-    from . import (  # noqa: PLC0415 - imports executorch and torch
-        executorch_decoder,
-        executorch_embedding,
-        executorch_lowering,
-        executorch_vision,
-    )
-
     backend, external = backend_of(options), bool(options.external_weights)
-    methods = {
-        VISION: executorch_vision.vision_method(programs["vision"]),
-        EMBEDDING: executorch_embedding.embedding_method(programs["embedding"], spec.context),
-        DECODER: executorch_decoder.decoder_method(programs["decoder"], spec.decoder, spec.context),
-    }
-    partitioners = {name: executorch_backends.partitioners(backend, name) for name in methods}
-    lowered = executorch_lowering.lower(methods, partitioners, constants(spec), external=external)
+    lowered = _lowered(programs, spec, backend, external=external)
     (out / PROGRAM).write_bytes(lowered.pte)
     if lowered.ptd is not None:
         (out / WEIGHTS).write_bytes(lowered.ptd)
@@ -112,6 +106,29 @@ def lower(
         graphs=_graphs(spec),
         details={"backend": backend.value, "external_weights": int(external)},
     )
+
+
+def _lowered(
+    programs: Mapping[str, "ExportedProgram"], spec: ExportSpec, backend: Backend, *, external: bool
+) -> "Lowered":
+    if backend is Backend.COREML:
+        from . import executorch_coreml  # noqa: PLC0415 - imports coremltools, executorch, torch
+
+        return executorch_coreml.lower(programs, spec, constants(spec))
+    from . import (  # noqa: PLC0415 - imports executorch and torch
+        executorch_decoder,
+        executorch_embedding,
+        executorch_lowering,
+        executorch_vision,
+    )
+
+    methods = {
+        VISION: executorch_vision.vision_method(programs["vision"]),
+        EMBEDDING: executorch_embedding.embedding_method(programs["embedding"], spec.context),
+        DECODER: executorch_decoder.decoder_method(programs["decoder"], spec.decoder, spec.context),
+    }
+    partitioners = {name: executorch_backends.partitioners(backend, name) for name in methods}
+    return executorch_lowering.lower(methods, partitioners, constants(spec), external=external)
 
 
 def constants(spec: ExportSpec) -> dict[str, Any]:
