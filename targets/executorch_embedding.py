@@ -11,7 +11,10 @@ EXAMPLE = 3  # ids while tracing: neither 0 nor 1, which torch.export would spec
 
 
 def embedding_method(program: ExportedProgram, context: int) -> ExportedProgram:
-    """`graphs.build`'s embedding: input_ids [1,S] int64, S <= `context` -> [1,S,D] float32."""
+    """`graphs.build`'s embedding: input_ids [1,S] int64, S <= `context` -> [1,S,D] float32.
+
+    The runtime refuses ids that the table does not have.
+    """
     module = _Embedding(program)
     ids = torch.zeros(1, EXAMPLE, dtype=torch.int64)
     return retrace(module, (ids,), ({1: Dim("sequence_length", min=1, max=context)},))
@@ -29,20 +32,7 @@ class _Embedding(nn.Module):
 
 def _rows(ids: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, _: int) -> Tensor:
     """`fastvlm::quantized_embedding`: only the rows that are asked for become float32."""
-    rows = F.embedding(ids, weight).float()
-    groups = scale.shape[1]
-    if groups > 1:
-        rows = rows.unflatten(2, (groups, -1))
-    scales, zeros = (
-        None if table is None else _of_groups(F.embedding(ids, table).float(), groups)
-        for table in (scale, zero_point)
-    )
-    if zeros is not None:
-        rows = rows - zeros
-    rows = rows * scales
-    return rows.flatten(2) if groups > 1 else rows
-
-
-def _of_groups(values: Tensor, groups: int) -> Tensor:
-    """One value per row or, of several groups, per group: to be stretched over what it scales."""
-    return values if groups == 1 else values[..., None]
+    if zero_point is not None or scale.shape[1] != 1:
+        raise NotImplementedError(f"a table with scales {tuple(scale.shape)}, zero points")
+    out: Tensor = F.embedding(ids, weight).float() * F.embedding(ids, scale)
+    return out
