@@ -52,15 +52,28 @@ def affine_linear(
 
 
 def share_rounding(program: ExportedProgram) -> None:
-    """Let linear layers that read the same activations read one rounding of them, in place."""
+    """Let linear layers that read the same activations read one rounding of them, in place.
+
+    Such layers are one piece for ExecuTorch's partitioner, which joins pieces from the end of the
+    graph and never tries a pair again: they have to stand side by side, before whatever reads any
+    of them, or the method falls apart into several delegates.
+    """
     first: dict[tuple[Any, ...], Node] = {}
+    latest: dict[Node, Node] = {}
     for node in list(program.graph.nodes):
-        if str(node.target) not in _ROUNDING and node.target is not operator.getitem:
-            continue
-        same = first.setdefault((node.target, *node.args), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            program.graph.erase_node(node)
+        if str(node.target) in _ROUNDING or node.target is operator.getitem:
+            same = first.setdefault((node.target, *node.args), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                program.graph.erase_node(node)
+        elif str(node.target) == "aten.linear.default":
+            rounded, weight = node.args[:2]
+            if isinstance(rounded, Node) and str(rounded.target) == _ROUNDING[-1]:
+                if rounded in latest:
+                    latest[rounded].append(weight)
+                    weight.append(node)
+                latest[rounded] = node
+    program.graph.lint()
     program.graph_module.recompile()
 
 
