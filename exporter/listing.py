@@ -9,7 +9,7 @@ from ..targets.base import DEFAULTS, Options, Target
 from ..targets.executorch_model import Backend
 from ..validate.sessions import runs_here
 
-BACKENDS: dict[str, Sequence[str]] = {"executorch": tuple(Backend)}
+BACKENDS: dict[str, Sequence[str]] = {TargetName.EXECUTORCH: tuple(Backend)}
 """What `--backend` takes, of targets that have the choice."""
 
 

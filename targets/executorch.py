@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
     from .executorch_lowering import Lowered
 
-RUNTIME_PACKAGES = ("executorch",)
+PACKAGE = "executorch"
+RUNTIME_PACKAGES = ("torch", "executorch.extension.pybindings._C")
+"""In this order: the runtime is linked against torch's libraries."""
 REMEDY = "pip install 'fastvlm-export[executorch]'"
 
 
 def availability() -> Availability:
     """Look for the package, which lowers and runs."""
-    found = {name: metadata.version(name) for name in RUNTIME_PACKAGES if find_spec(name)}
+    found = {PACKAGE: metadata.version(PACKAGE)} if find_spec(PACKAGE) else {}
     return Availability(
         lower=bool(found),
         run=bool(found),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..exporter.bundle import VALIDATE_HINT, Bundle
 from ..exporter.errors import ExportError
+from ..targets import TargetName
 from ..targets.executorch_model import (
     DECODER,
     EMBEDDING,
@@ -32,7 +33,7 @@ from .delegation_work import portable_operator, xnn_operators
 from .formats import number
 
 if TYPE_CHECKING:
-    from ..targets.executorch_file import Delegate, PteFile
+    from ..targets.executorch_file import Delegate, Method, PteFile
 
 BACKEND_NAMES = {Backend.XNNPACK: "XnnpackBackend", Backend.COREML: "CoreMLBackend"}
 """As programs call them; no other backend can be had yet, and `portable` is none."""
@@ -68,7 +69,8 @@ def gather(operators: Iterable[tuple[str, int]]) -> tuple[Work, ...]:
 class MethodDelegation:
     """One method: its delegates by their backends' names, what is inside of them and what outside.
 
-    `expected` is the one backend that it is to be handed over to, whole; None: no limit.
+    `expected` is the one backend that it is to be handed over to, whole; None: no limit. `between`
+    are the kinds of operators that run between two delegates: what splits it.
     """
 
     method: str
@@ -76,6 +78,7 @@ class MethodDelegation:
     inside: tuple[Work, ...]
     outside: tuple[Work, ...]
     expected: str | None = None
+    between: tuple[str, ...] = ()
 
     @property
     def nodes_inside(self) -> int:
@@ -134,6 +137,7 @@ class MethodDelegation:
             "passed": self.passed,
             "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
             "delegates": list(self.delegates),
+            "between_delegates": list(self.between),
             "nodes_inside": self.nodes_inside,
             "nodes_outside": self.nodes_outside,
             "share_of_nodes": self.share_of_nodes,
@@ -172,7 +176,7 @@ class Delegation:
         if not self.methods:
             return "The program has no method of ours."
         broken = [
-            f"{one.method}: {_broken(check)}"
+            f"{one.method}: {_broken(check, one)}"
             for one in self.methods
             for check in one.checks
             if not check.passed
@@ -195,8 +199,12 @@ class Delegation:
         }
 
 
-def _broken(check: Check) -> str:
-    return check.message or f"{check.name} {number(check.value)} (limit {number(check.limit)})"
+def _broken(check: Check, method: MethodDelegation) -> str:
+    if check.message:
+        return check.message
+    split = check.name == "delegates" and method.between
+    by = f", split by {', '.join(method.between)}" if split else ""
+    return f"{check.name} {number(check.value)} (limit {number(check.limit)}){by}"
 
 
 def _held(one: MethodDelegation) -> str:
@@ -212,7 +220,7 @@ def percent(share: float | None) -> str:
 
 def has_delegation(bundle: Bundle) -> bool:
     """Whether a bundle's program hands parts of itself over to backends: ExecuTorch's."""
-    return bundle.manifest.target == "executorch"
+    return bundle.manifest.target == TargetName.EXECUTORCH
 
 
 def delegation(bundle: Bundle) -> Delegation:
@@ -250,7 +258,15 @@ def _method(program: "PteFile", name: str, backend: str, context: int) -> Method
         inside=gather(work for one in method.delegates for work in _inside(one, context)),
         outside=gather(map(portable_operator, method.calls)),
         expected=BACKEND_NAMES.get(Backend(backend)) if name in LIMITED else None,
+        between=_between(method),
     )
+
+
+def _between(method: "Method") -> tuple[str, ...]:
+    """Kinds of operators that run after a method's first delegate and before its last."""
+    places = [i for i, step in enumerate(method.steps) if hasattr(step, "backend")]
+    inner = method.steps[places[0] : places[-1]] if places else ()
+    return tuple(dict.fromkeys(step.operator for step in inner if hasattr(step, "operator")))
 
 
 def _inside(delegate: "Delegate", context: int) -> Iterable[tuple[str, int]]:

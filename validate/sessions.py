@@ -19,7 +19,7 @@ from ..targets.executorch_model import Backend
 NAMES: dict[str, str] = {
     TargetName.ONNX: "ONNX Runtime",
     TargetName.COREML: "Core ML",
-    "executorch": "ExecuTorch",
+    TargetName.EXECUTORCH: "ExecuTorch",
 }
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""

@@ -127,7 +127,7 @@ def test_a_split_method_fails_and_names_what_splits_it(
     assert {one.kind for one in decoder.outside} >= {"aten::cumsum.out"}
     assert not decoder.passed
     assert not found.passed
-    assert "text_decoder: delegates 2 (limit 1)" in found.verdict
+    assert "text_decoder: delegates 2 (limit 1), split by aten::cumsum.out" in found.verdict
     # The length is not known: it is taken at its bound, inside and outside.
     wanted = product_flops(modules[DECODER], torch.rand(1, LONGEST, 12))
     assert products(found, 2) == wanted
