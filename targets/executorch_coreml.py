@@ -31,7 +31,7 @@ from .coreml_lowering import Var
 from .coreml_model import EMBEDS, LOGITS, MAIN, PIXELS
 from .coreml_package import FunctionSpec, Input, save
 from .executorch_coreml_payload import BACKEND, METADATA, PACKAGE, pack
-from .executorch_lowering import Lowered
+from .executorch_lowering import Lowered, quiet_copies
 from .executorch_model import DECODER, EMBEDDING, VISION
 from .executorch_retrace import retrace
 
@@ -68,7 +68,7 @@ def lower(
         folders = {method: Path(name) / method for method in methods}
         for method, function in _functions(programs, spec).items():
             _write(function, folders[method])
-        with quiet_import():
+        with quiet_import(), quiet_copies():
             edge = to_edge_transform_and_lower(
                 methods,
                 partitioner={method: [_Whole(folder)] for method, folder in folders.items()},

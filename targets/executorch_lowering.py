@@ -1,6 +1,8 @@
 """Traced methods -> one ExecuTorch program, what a backend takes handed over to it."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,14 @@ class Lowered:
     ptd: bytes | None = None
 
 
+@contextmanager
+def quiet_copies() -> Iterator[None]:
+    """Drop what PyTorch says of itself when ExecuTorch copies a program; all else passes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        yield
+
+
 def lower(
     methods: Mapping[str, ExportedProgram],
     partitioners: Mapping[str, Sequence[Any]],
@@ -38,7 +48,7 @@ def lower(
     `constants` become methods without inputs, for clients to ask. With `external`, large weights
     go to a file of their own. Equal bytes are stored once.
     """
-    with torch.no_grad():
+    with torch.no_grad(), quiet_copies():
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: list(found) for name, found in partitioners.items()},
