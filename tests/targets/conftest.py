@@ -189,3 +189,11 @@ def bundled_quantized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Small:
     return bundled_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """ExecuTorch's: see `executorch_toys.Toy`."""
+    from .executorch_toys import make_toy  # noqa: PLC0415 - imports executorch
+
+    return make_toy(tmp_path_factory.mktemp("executorch"))

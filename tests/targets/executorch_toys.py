@@ -1,9 +1,20 @@
 """A small program with the three methods, as the target writes them: for tests of what reads it."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
+
+from fastvlm_export.quantize.quiet import quiet_import
+from fastvlm_export.targets import executorch_lowering, executorch_pack
+
+with quiet_import():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
 SIDE, ROWS, WIDTH, WORDS, CONTEXT = 16, 4, 16, 260, 32
 
@@ -75,3 +86,41 @@ def exported(made: dict[str, nn.Module]) -> dict[str, ExportedProgram]:
         name: torch.export.export(made[name], given, dynamic_shapes=dynamic, strict=False)
         for name, (given, dynamic) in inputs.items()
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """The program as a file, as it is before equal bytes are shared, and with weights apart."""
+
+    modules: dict[str, Any]
+    program: Path
+    unshared: bytes
+    external: tuple[bytes, bytes]
+
+
+CONSTANTS: dict[str, object] = {
+    "get_max_seq_len": CONTEXT,
+    "get_max_context_len": CONTEXT,
+    "enable_dynamic_shape": True,
+    "get_eos_ids": [3, 4],
+    "modality": "vision",
+}
+
+
+def make_toy(folder: Path) -> Toy:
+    """Lower the modules; what is shared and what goes apart is small here."""
+    made = modules()
+
+    def lowered(*, external: bool) -> executorch_lowering.Lowered:
+        partitioners = {name: [XnnpackPartitioner()] for name in made}
+        return executorch_lowering.lower(exported(made), partitioners, CONSTANTS, external=external)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executorch_pack, "SMALLEST_EXTERNAL", executorch_pack.SMALLEST_SHARED)
+        apart = lowered(external=True)
+        assert apart.ptd is not None
+        patch.setattr(executorch_pack, "share", lambda pte: pte)
+        unshared = lowered(external=False).pte
+    program = folder / "model.pte"
+    program.write_bytes(executorch_pack.share(unshared))
+    return Toy(modules=made, program=program, unshared=unshared, external=(apart.pte, apart.ptd))
