@@ -119,13 +119,12 @@ def depthwise(
 
     `kernels`: for each of m turns, one [C,1,kh,kw] per piece; `sizes`: their padding and dilation.
     """
-    turns = []
-    for parts, bias in zip(kernels, biases, strict=True):
-        total = None
-        for kernel, (padding, dilation) in zip(parts, sizes, strict=True):
-            first = bias if total is None else None
-            part = F.conv2d(x, kernel, first, stride, padding, dilation, groups)
-            total = part if total is None else total + part
+    turns: list[Tensor] = []
+    for (kernel, *others), bias in zip(kernels, biases, strict=True):
+        (padding, dilation), *places = sizes
+        total = F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
+        for other, (padding, dilation) in zip(others, places, strict=True):
+            total = total + F.conv2d(x, other, None, stride, padding, dilation, groups)
         turns.append(total)
     if len(turns) == 1:
         return turns[0]

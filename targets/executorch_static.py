@@ -28,17 +28,18 @@ def sign_integers(edited: EditedGraph) -> None:
         if str(node.target) in (QUANTIZE, DEQUANTIZE_TENSOR):
             _sign(node)
         elif str(node.target) == DEQUANTIZE_WEIGHT:
-            bias, scale, *_ = node.args
+            bias, scale = node.all_input_nodes[:2]
             if edited.values[bias].dtype is torch.int32:
                 found = float_bias(edited.values[bias], edited.values[scale])
                 node.replace_all_uses_with(edited.add(f"{bias.name}_float", found))
 
 
 def _sign(node: Node) -> None:
-    x, scale, zero_point, low, high, dtype, *rest = node.args
+    arguments: tuple[Any, ...] = node.args
+    x, scale, zero_point, low, high, dtype, *rest = arguments
     if dtype is not torch.uint8:
         raise NotImplementedError(f"activations in {dtype}")
-    shifted: list[Any] = [value - SHIFT for value in (zero_point, low, high)]
+    shifted = [value - SHIFT for value in (zero_point, low, high)]
     node.args = (x, scale, *shifted, torch.int8, *rest)
 
 

@@ -46,6 +46,7 @@ class _Vision(nn.Module):
         self.encoder = edited.module(_OPERATORS)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        image_features: Tensor
         [image_features] = self.encoder(pixel_values)
         return image_features
 
@@ -85,7 +86,8 @@ def _norm(node: Node) -> str:
     """The name of the norm over channels that an operator belongs to, or ""."""
     if node.op != "call_function":
         return ""
-    *_, (name, kind) = (("", ""), *node.meta.get("nn_module_stack", {}).values())
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    name, kind = stack[-1] if stack else ("", "")
     return str(name) if str(kind).endswith(LayerNormChannel.__name__) else ""
 
 
