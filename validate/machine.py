@@ -19,6 +19,7 @@ PACKAGES = (
     "onnx",
     "onnxscript",
     "coremltools",
+    "executorch",
     "numpy",
     "pillow",
     "tokenizers",
