@@ -22,9 +22,12 @@ class Table(nn.Module):
 
     def __init__(self, *, quantized: bool) -> None:
         super().__init__()
-        self.register_buffer("floats", torch.randn(ROWS, WIDTH))
-        self.register_buffer("integers", torch.randint(-127, 128, (ROWS, WIDTH), dtype=torch.int8))
-        self.register_buffer("scale", torch.rand(ROWS, 1))
+        if quantized:
+            integers = torch.randint(-127, 128, (ROWS, WIDTH), dtype=torch.int8)
+            self.register_buffer("integers", integers)
+            self.register_buffer("scale", torch.rand(ROWS, 1))
+        else:
+            self.register_buffer("floats", torch.randn(ROWS, WIDTH))
         self.quantized = quantized
 
     def forward(self, ids: Tensor) -> Tensor:
