@@ -289,9 +289,7 @@ def _written(precision: Precision) -> list[str]:
     if precision.group_size is None:
         values["group_size"] = PER_TENSOR if precision.palettized else PER_CHANNEL
     if precision.palettized:
-        del values["symmetric"]
-    if precision.scale_format is ScaleFormat.FLOAT:
-        del values["scale_format"]
+        del values["symmetric"], values["scale_format"]
     if precision.activations is Activations.FLOAT:
         del values["activation_bits"]
     return [f"{name} = {json.dumps(value)}" for name, value in values.items()]

@@ -9,7 +9,7 @@ from fastvlm_export.quantize.recipes import (
     METHODS,
     PALETTE_BITS,
     RECIPES,
-    Activations,
+    SCALE_FORMATS,
     Float,
     LayerRule,
     LossLimits,
@@ -41,6 +41,7 @@ def precisions(part: Part) -> st.SearchStrategy[Precision]:
         symmetric=st.booleans(),
         method=st.sampled_from([m for m in METHODS[part] if m is not Method.PALETTE]),
         activations=st.sampled_from(ACTIVATIONS[part]),
+        scale_format=st.sampled_from(SCALE_FORMATS[part]),
     )
     tables = st.builds(
         Precision,
@@ -71,7 +72,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         recipe = dataclasses.replace(recipe, limits=draw(LIMITS))
     if recipe.float_format is Float.FP16:
         recipe = dataclasses.replace(recipe, range_limit=draw(st.floats(1, 65504)))
-    if any(p.activations is Activations.STATIC for p in recipe.precisions):
+    if recipe.ranged:
         recipe = dataclasses.replace(recipe, observer=draw(st.sampled_from(Observer)))
     if recipe.observer is Observer.PERCENTILE:
         recipe = dataclasses.replace(recipe, percentile=draw(st.floats(50, 100)))

@@ -19,6 +19,7 @@ from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.quantize import calibration, recipes
 from fastvlm_export.quantize.activations import LARGEST_BIAS, _PercentileObserver, quantize_vision
+from fastvlm_export.quantize.ops import AFFINE
 from fastvlm_export.quantize.recipes import Activations, LayerRule, Method, Observer, Precision
 
 from ..conftest import tiny_model
@@ -205,6 +206,32 @@ def test_rules_keep_layers_in_float_or_store_only_their_weights(graph: Graph) ->
     # FC1 loses its input, output and bias; the projector's two layers their inputs.
     assert found[QUANTIZE] == 2 * 19 + 8 - 2 - 2
     assert found[DEQUANTIZE_WEIGHT] == 2 * 19 + 8 - 1 - 2
+
+
+def test_linear_layers_are_rounded_at_run_time_with_the_same_integers(
+    quantized: tuple[Graph, ExportedProgram],
+) -> None:
+    """Convolutions stay what they are beside static linear layers, ranges and all."""
+    graph, static = quantized
+    affine = dataclasses.replace(INT8.vision, activations=Activations.AFFINE)
+    program = quantize_vision(graph, dataclasses.replace(INT8, vision=affine), images())
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    linear = [node for node in nodes if str(node.target) == "fastvlm.quantized_linear.default"]
+    names = [name for name, m in matrix_layers(graph.module).items() if isinstance(m, nn.Linear)]
+    assert len(linear) == len(names) > 0
+    assert LINEAR not in {node.target for node in nodes}
+    assert all(node.args[3] is None and node.args[5:] == (8, AFFINE) for node in linear)
+    theirs = {**static.state_dict, **static.constants}
+    for key, value in {**program.state_dict, **program.constants}.items():
+        layer = key.removesuffix(".scale")
+        if layer in names:
+            assert torch.equal(value, theirs[f"{layer}.weight_scale"][:, None]), key
+        else:
+            assert torch.equal(value, theirs[key]), key
+    ranges, before = (
+        [n.args[1:] for n in p.graph.nodes if n.target is QUANTIZE] for p in (program, static)
+    )
+    assert set(ranges) < set(before)
 
 
 def test_weights_alone_need_no_images(graph: Graph) -> None:

@@ -305,6 +305,16 @@ ONE_PROBLEM = [
     ("base = 'lut4'\n[head]\nactivations = 'dynamic'", 'head.activations is "dynamic", not "fl'),
     # rules
     ("[[layers]]\nbits = 8", "layers[1].pattern is missing"),
+    ("[decoder]\nbits = 4\nscale_format = 'fp8'", 'decoder.scale_format is "fp8", not "float" or'),
+    ("[decoder]\nscale_format = 'bf16'", "decoder.scale_format needs decoder.bits: without"),
+    (
+        "[vision]\nbits = 8\nscale_format = 'bf16'",
+        'vision.scale_format is "bf16", not "float" (all that vision layers can have)',
+    ),
+    (
+        f"[head]\n{TABLES}\nbits = 4\nscale_format = 'bf16'",
+        "head.scale_format says nothing about lookup tables",
+    ),
     ("[[layers]]\npattern = 3\nbits = 8", "layers[1].pattern is 3, not a pattern of layer names"),
     ("[[layers]]\npattern = ''\nbits = 8", 'layers[1].pattern is "", not a pattern'),
     ("[[layers]]\npattern = 'a\"b'\nbits = 8", "layers[1].pattern is "),
@@ -315,7 +325,7 @@ ONE_PROBLEM = [
     ("[[layers]]\npattern = 'projector*'\nbits = 5", 'layers["projector*"].bits is 5, not 4 or 8'),
     (
         "[[layers]]\npattern = 'projector*'\nbits = 8\nactivations = 'dynamic'",
-        'layers["projector*"].activations is "dynamic", not "float" or "static" or "affine" (all that vision',
+        'layers["projector*"].activations is "dynamic", not "float" or "static" or "affine" (all',
     ),
     (
         2 * "[[layers]]\npattern = 'projector*'\nbits = 8\n",

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from fastvlm_export.quantize import rounding
-from fastvlm_export.quantize.recipes import Method, Precision
+from fastvlm_export.quantize.gptq import hessian, inverse_factor, quantize_columns
+from fastvlm_export.quantize.recipes import Method, Precision, ScaleFormat
 from fastvlm_export.quantize.rounding import by_rows, quantize_rows
 
 INT8 = Precision(bits=8)
@@ -112,3 +113,21 @@ def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_float_precision_has_no_integers() -> None:
     with pytest.raises(ValueError, match="no integers"):
         quantize_rows(torch.randn(2, 4), Precision())
+
+
+@pytest.mark.parametrize("method", [Method.RTN, Method.HQQ, Method.GPTQ])
+def test_integers_are_chosen_for_the_scales_that_are_stored(method: Method) -> None:
+    """Beside bfloat16 scales, the nearest to each weight: none moves by more than half a step."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, 64)
+    precision = Precision(bits=4, group_size=32, method=method, scale_format=ScaleFormat.BF16)
+    if method is Method.GPTQ:
+        # Inputs that have nothing to do with each other: no column makes up for another.
+        got = quantize_columns(weight, inverse_factor(hessian([torch.eye(64)], 64)), precision)
+    else:
+        got = quantize_rows(weight, precision)
+    assert torch.equal(got.scale, got.scale.bfloat16().float())
+    assert not torch.equal(got.scale, quantize_rows(weight, Precision(bits=4, group_size=32)).scale)
+    nearest = (weight / got.scale.repeat_interleave(32, dim=1)).round().clamp(-8, 7)
+    off = got.weight - nearest  # a weight halfway between two may go to either
+    assert (off == 0).float().mean() > 0.999

@@ -20,6 +20,7 @@ from fastvlm_export.quantize.recipes import (
     Observer,
     Precision,
     Recipe,
+    ScaleFormat,
 )
 from fastvlm_export.quantize.runnable import runnable
 from fastvlm_export.quantize.simulate import simulated, variants
@@ -39,6 +40,18 @@ MIXED = Recipe(
         LayerRule(
             pattern="decoder.layers.1.*",
             precision=Precision(bits=8, method=Method.HQQ, activations=Activations.DYNAMIC),
+        ),
+        LayerRule(
+            pattern="projector.*", precision=Precision(bits=8, activations=Activations.AFFINE)
+        ),
+        LayerRule(
+            pattern="decoder.layers.2.mlp.*",
+            precision=Precision(
+                bits=4,
+                group_size=32,
+                activations=Activations.AFFINE,
+                scale_format=ScaleFormat.BF16,
+            ),
         ),
     ),
     observer=Observer.PERCENTILE,
