@@ -1,5 +1,6 @@
 """A small random FastVLM whose answers depend on the image, a tokenizer, and its ONNX folder."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,18 @@ from torch.export import ExportedProgram
 
 from fastvlm_export.exporter import checkpoint as checkpoints
 from fastvlm_export.exporter import pipeline
+from fastvlm_export.exporter.bundle import (
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    Manifest,
+    Source,
+    files_of,
+)
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
+from fastvlm_export.exporter.prompt import IMAGE_TOKEN, TEMPLATE
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
@@ -197,3 +207,39 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from .executorch_toys import make_toy  # noqa: PLC0415 - imports executorch
 
     return make_toy(tmp_path_factory.mktemp("executorch"))
+
+
+@pytest.fixture(scope="session")
+def executorch_bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The trained model in float32 on XNNPACK: lowered once, half a minute."""
+    from fastvlm_export.targets import executorch  # noqa: PLC0415 - imports executorch
+
+    folder = tmp_path_factory.mktemp("executorch_bundled")
+    checkpoint = checkpoints.bundled()
+    spec = pipeline.contract(checkpoint, None, None)
+    recipe = executorch.adapt(RECIPES["fp32"])
+    folded = reparameterize(checkpoint.model()).model
+    programs = quantize(folded, recipe, spec, None, lambda _: None).programs
+    artifact = executorch.lower(programs, spec, recipe, folder)
+    manifest = Manifest(
+        schema=SCHEMA,
+        source=Source(name=checkpoint.name, layout=checkpoint.layout, sha256=checkpoint.sha256),
+        target="executorch",
+        recipe=recipe.to_dict(),
+        quantization={},
+        resolution=spec.preprocessing.resolution,
+        context=spec.context,
+        image_tokens=spec.image_tokens,
+        preprocessing=spec.preprocessing,
+        prompt_template=TEMPLATE,
+        image_token=IMAGE_TOKEN,
+        image_token_id=spec.image_token_id,
+        eos_token_ids=spec.eos_token_ids,
+        model=dataclasses.asdict(checkpoint.config),
+        graphs=artifact.graphs,
+        versions={},
+        files=files_of(folder),
+        artifact=artifact.details,
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    return Bundle(path=folder, manifest=manifest)
