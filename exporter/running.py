@@ -158,6 +158,12 @@ def _compute_units(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
             "Leave them out, or export with --target coreml.",
         )
     where = runtime(bundle)
+    if not where.device and target == TargetName.EXECUTORCH:
+        raise ExportError(
+            f"What this bundle hands over to Core ML is timed on Apple's devices. Here there is "
+            f"only the {where.name}, whose speed says nothing about one.",
+            "See examples/ios; a bundle of --backend xnnpack is timed here, too.",
+        )
     if not where.device:
         command = " ".join(["bench", str(bundle.path), *(f"--compute-units {u}" for u in asked)])
         raise ExportError(
