@@ -63,6 +63,8 @@ QUANTIZED = torch.ops.fastvlm.quantized_linear.default
 # An int32 sum of products stays below 2^31 with this much left for the bias: the widest layer adds
 # 3072 * 255 * 127 = 1e8.
 LARGEST_BIAS = 2**30
+# Under `affine` they go through float32 on their way (XNNPACK), where each has its own up to here.
+LARGEST_FLOAT_BIAS = 2**22
 # Fine enough for 99.99 % of a range whose outliers are 100 times its body.
 BINS = 2**14
 
@@ -85,6 +87,12 @@ class _Layer:
     def static(self) -> bool:
         """Whether activations are rounded in fixed ranges."""
         return self.precision.activations is not Activations.FLOAT and not self.affine
+
+    @property
+    def largest_bias(self) -> int:
+        """The largest integer that its bias may become."""
+        affine = self.precision.activations is Activations.AFFINE
+        return LARGEST_FLOAT_BIAS if affine else LARGEST_BIAS
 
     @property
     def inputs(self) -> tuple[Node, Node, Node | None]:
@@ -142,7 +150,7 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
             # In this order: torchao derives each only from those before it.
             specs: dict[Node, Any] = {x: self.activation} if layer.static else {}
             edges = [(node, layer.node) for node in specs]
-            scales = partial(_weight_scale, weights, biases, layer.largest)
+            scales = partial(_weight_scale, weights, biases, layer.largest, layer.largest_bias)
             specs[weight] = _derived(scales, edges, layer.largest)
             if biased is not None:
                 edges = [*edges, (weight, layer.node)]
@@ -190,16 +198,16 @@ def _derived(
 
 
 def _weight_scale(
-    weight: Tensor, bias: Tensor | None, largest: int, observers: list[Any]
+    weight: Tensor, bias: Tensor | None, largest: int, largest_bias: int, observers: list[Any]
 ) -> tuple[Tensor, Tensor]:
-    """s_w[c] = max|w[c]| / `largest`, and |b[c]| / (s_x s_w[c]) at most LARGEST_BIAS.
+    """s_w[c] = max|w[c]| / `largest`, and |b[c]| / (s_x s_w[c]) at most `largest_bias`.
 
     The second part matters for channels whose weights are next to nothing beside their bias.
     """
     scale = weight.abs().flatten(1).amax(1) / largest
     if bias is not None:
         input_scale = observers[0].calculate_qparams()[0]
-        scale = torch.maximum(scale, bias.abs() / (input_scale * LARGEST_BIAS))
+        scale = torch.maximum(scale, bias.abs() / (input_scale * largest_bias))
     scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
     return scale, torch.zeros_like(scale, dtype=torch.int64)
 
@@ -377,7 +385,7 @@ def _round_at_run_time(model: GraphModule, names: Collection[str], recipe: Recip
 def _integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Float [O,I] -> int8 [O,I] and scales [O,1], as they are in a static layer."""
     largest = int(2 ** (bits - 1)) - 1
-    scale, zeros = _weight_scale(weight, None, largest, [])
+    scale, zeros = _weight_scale(weight, None, largest, LARGEST_BIAS, [])
     integers: Tensor = torch.ops.quantized_decomposed.quantize_per_channel.default(
         weight, scale, zeros, 0, -largest, largest, torch.int8
     )

@@ -18,7 +18,12 @@ from fastvlm_export.exporter.model.fastvithd import SqueezeExcite
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.quantize import calibration, recipes
-from fastvlm_export.quantize.activations import LARGEST_BIAS, _PercentileObserver, quantize_vision
+from fastvlm_export.quantize.activations import (
+    LARGEST_BIAS,
+    LARGEST_FLOAT_BIAS,
+    _PercentileObserver,
+    quantize_vision,
+)
 from fastvlm_export.quantize.ops import AFFINE
 from fastvlm_export.quantize.recipes import Activations, LayerRule, Method, Observer, Precision
 
@@ -290,15 +295,24 @@ def test_an_activation_that_is_always_zero_keeps_the_layer_behind_it(
     assert psnr(graph.module(images()[0]).detach(), run(program, images()[0])) > 25
 
 
-def test_a_bias_far_above_its_weights_survives(graph: Graph) -> None:
+@pytest.mark.parametrize(
+    ("activations", "largest"),
+    [(Activations.STATIC, LARGEST_BIAS), (Activations.AFFINE, LARGEST_FLOAT_BIAS)],
+)
+def test_a_bias_far_above_its_weights_survives(
+    graph: Graph, activations: Activations, largest: int
+) -> None:
     with torch.no_grad():
         weight = graph.module.get_parameter(f"{FC1}.weight")
         weight[0] *= 1e-12
         weight[1] = 0
         bias = graph.module.get_parameter(f"{FC1}.bias").fill_(3.0).clone()
-    program = quantize_vision(graph, INT8, images(1))
+    recipe = dataclasses.replace(
+        INT8, vision=dataclasses.replace(INT8.vision, activations=activations)
+    )
+    program = quantize_vision(graph, recipe, images(1))
     integers = program.state_dict[f"{FC1}.bias"]
-    assert integers.abs().max() <= LARGEST_BIAS * (1 + 1e-6)
+    assert integers.abs().max() <= largest * (1 + 1e-6)
     stored = integers * program.state_dict[f"{FC1}.bias_scale"]
     torch.testing.assert_close(stored[:2], bias[:2], rtol=1e-6, atol=0)
     torch.testing.assert_close(stored, bias, rtol=1e-4, atol=0)
