@@ -10,7 +10,8 @@ from ..quantize import palettes, recipe_file
 from ..quantize.apply import needs_calibration
 from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
-from ..quantize.recipes import Recipe, unused_rules
+from ..quantize.recipe_layers import unused_rules
+from ..quantize.recipes import Recipe
 from ..quantize.weights import layer_names, layer_widths
 from ..targets.base import DEFAULTS, Options, Target
 from ..validate.latency import Plan

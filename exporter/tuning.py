@@ -13,7 +13,8 @@ from .. import targets
 from ..quantize import palettes, recipe_file
 from ..quantize.calibration import Calibration, pixels
 from ..quantize.calibration import load as load_calibration
-from ..quantize.recipes import Recipe, unused_rules
+from ..quantize.recipe_layers import unused_rules
+from ..quantize.recipes import Recipe
 from ..quantize.weights import check_groups, layer_names, layer_widths
 from ..targets import TargetName
 from ..validate import sensitivity_mix as mixing

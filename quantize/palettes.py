@@ -17,6 +17,7 @@ from ..exporter.model.fastvithd import SqueezeExcite
 from ..exporter.model.fastvlm import FastVLM
 from .kmeans import cluster
 from .ops import lookup, palettized_embedding
+from .recipe_layers import undivided
 from .recipes import (
     EMBEDDING,
     HEAD,
@@ -25,7 +26,6 @@ from .recipes import (
     Precision,
     Recipe,
     ScaleFormat,
-    undivided,
 )
 from .toml_file import shown
 from .weights import LayerRecord

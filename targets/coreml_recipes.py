@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..quantize.recipe_file import PER_CHANNEL
+from ..quantize.recipe_layers import undivided
 from ..quantize.recipes import (
     ACTIVATIONS,
     RECIPES,
@@ -13,7 +14,6 @@ from ..quantize.recipes import (
     Precision,
     Recipe,
     Setting,
-    undivided,
 )
 from ..quantize.toml_file import shown
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..quantize.recipe_file import PER_CHANNEL
+from ..quantize.recipe_layers import undivided
 from ..quantize.recipes import (
     ACTIVATIONS,
     EMBEDDING,
@@ -15,7 +16,6 @@ from ..quantize.recipes import (
     Precision,
     Recipe,
     Setting,
-    undivided,
 )
 from ..quantize.toml_file import shown
 

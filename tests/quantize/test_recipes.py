@@ -11,6 +11,7 @@ from torch import nn
 
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.model.fastvlm import build
+from fastvlm_export.quantize.recipe_layers import unused_rules
 from fastvlm_export.quantize.recipes import (
     EMBEDDING,
     HEAD,
@@ -25,7 +26,6 @@ from fastvlm_export.quantize.recipes import (
     get,
     part_of,
     parts_of,
-    unused_rules,
 )
 
 from .. import checkpoints
