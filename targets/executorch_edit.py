@@ -1,7 +1,6 @@
 """A copy of a program's graph that can be edited, constants included, before it is traced anew."""
 
 import copy
-from collections.abc import Mapping
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -36,21 +35,5 @@ class EditedGraph:
             self.graph.erase_node(node)
             del self.values[node]
         # In the graph's order: constants that were added come after the program's own.
-        values = {node.name: value for node, value in self.values.items()}
-        return _Edited(self.program, operators, self.graph, values)
-
-
-class _Edited(Rewritten):
-    def __init__(
-        self,
-        program: ExportedProgram,
-        operators: Operators,
-        graph: Graph,
-        constants: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(program, operators, graph=graph)
-        for index in range(self._constants):
-            delattr(self, f"constant_{index}")
-        for index, value in enumerate(constants.values()):
-            self.register_buffer(f"constant_{index}", value.detach(), persistent=False)
-        self._constants = len(constants)
+        constants = list(self.values.values())
+        return Rewritten(self.program, operators, graph=self.graph, constants=constants)

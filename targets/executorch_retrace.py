@@ -1,6 +1,6 @@
 """A program traced anew, with operators of ours in the place of some of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,23 @@ Operators = Mapping[str, Callable[..., Any]]
 class Rewritten(nn.Module):
     """A program's graph as a module whose constants are buffers, so that it can be traced again.
 
-    `operators` replace those of the same name; `graph` is an edited copy of the program's graph,
-    with the same placeholders in the same order. `forward` takes the program's own inputs and
-    returns the list of its outputs.
+    `operators` replace those of the same name; `graph` is an edited copy of the program's graph and
+    `constants` what its first placeholders stand for, if they are no longer the program's own.
+    `forward` takes the program's own inputs and returns the list of its outputs.
     """
 
     def __init__(
-        self, program: ExportedProgram, operators: Operators, *, graph: Graph | None = None
+        self,
+        program: ExportedProgram,
+        operators: Operators,
+        *,
+        graph: Graph | None = None,
+        constants: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__()
-        constants = lifted(program)
+        constants = lifted(program) if constants is None else constants
         for index, value in enumerate(constants):
-            self.register_buffer(f"constant_{index}", value.detach(), persistent=False)
+            self.register_buffer(f"constant_{index}", _alone(value.detach()), persistent=False)
         self._constants = len(constants)
         self._interpreter = _Replacing(program.graph_module, operators, graph or program.graph)
 
@@ -36,6 +41,12 @@ class Rewritten(nn.Module):
         """The program's outputs, cache included where it has one."""
         constants = [getattr(self, f"constant_{index}") for index in range(self._constants)]
         return list(self._interpreter.run(*constants, *inputs, enable_io_processing=False))
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The tensor in a storage of its own size: XNNPACK's lowering writes all of a storage."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
 
 
 class _Replacing(Interpreter):
