@@ -9,7 +9,7 @@ import numpy as np
 
 from ..exporter.errors import ExportError
 from .executorch_file import Call, Delegate, Method, Tensor
-from .executorch_model import EXPORT_HINT
+from .executorch_model import EXPORT_HINT, PROGRAM
 from .executorch_stored import Fingerprint, Numbers, Range, fingerprint
 from .executorch_xnn import XNNPACK, xnn_constant, xnn_graph
 
@@ -124,12 +124,17 @@ class Contents:
             return
         grouped = type(parameters).__name__ == "PerChannelGroupQuant"
         if index <= 0:
-            raise ExportError(f"{where}: its scales are not where ExecuTorch 1.5 has them.", "")
+            raise ExportError(
+                f"{where}: its scales are not where ExecuTorch 1.5 has them.", EXPORT_HINT
+            )
         scales = xnn_constant(delegate, graph, index)
         self._count("bfloat16" if grouped else "float32", scales, f"scales of {where}")
 
     def _count(self, kind: str, data: memoryview, name: str) -> None:
-        numbers = Numbers(kind, np.frombuffer(data, _NUMPY.get(kind, kind)))
+        try:
+            numbers = Numbers(kind, np.frombuffer(data, _NUMPY.get(kind, kind)))
+        except (TypeError, ValueError) as error:  # no such kind; bytes that are no whole numbers
+            raise ExportError(f"{PROGRAM} is damaged: {name}: {error}.", EXPORT_HINT) from error
         key = fingerprint(numbers)
         self.reads[key] += 1
         single = f" ({numbers.data.item():g})" if numbers.data.size == 1 else ""

@@ -37,7 +37,13 @@ def xnn_graph(delegate: "Delegate") -> Any:
     Raises ExportError where the payload is none, or names what that schema does not have.
     """
     with damage_named(delegate.file.source):
-        return _as_dataclass(xnn_table(delegate))
+        graph = _as_dataclass(xnn_table(delegate))
+        values = [entry.xvalue_union for entry in graph.xvalues]
+        nodes = [entry.xnode_union for entry in graph.xnodes]
+        tensors = [getattr(value, "tensor_value", value) for value in values]
+        if any(one is None for one in (*nodes, *tensors)):
+            raise DamagedError("XNNPACK's graph has a node or value of no kind")
+        return graph
 
 
 def xnn_constant(delegate: "Delegate", graph: Any, index: int) -> memoryview:

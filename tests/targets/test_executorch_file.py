@@ -13,6 +13,7 @@ from executorch.extension.pybindings import _C as runtime  # noqa: N811 - a modu
 
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.targets import executorch_file, executorch_flatbuffer, executorch_pack
+from fastvlm_export.targets.executorch_contents import Contents
 from fastvlm_export.targets.executorch_layout import named_weights
 
 from .executorch_toys import CONTEXT, ROWS, WIDTH, WORDS, Toy
@@ -83,12 +84,12 @@ def test_every_cut_program_is_refused(toy: Toy) -> None:
             executorch_file.parse(memoryview(content[:size]), "model.pte")
 
 
-def _mutated(content: bytes, limit: int, seed: int) -> bytes:
-    """Some bits or words of the first `limit` bytes are others."""
+def _mutated(content: bytes, parts: list[range], seed: int) -> bytes:
+    """Some bits or words of one of the parts are others."""
     draw = random.Random(seed)  # noqa: S311 - no secret
     changed = bytearray(content)
     for _ in range(draw.choice((1, 2, 4))):
-        at = draw.randrange(8, limit - 4)
+        at = draw.choice(parts[seed % len(parts)])
         if draw.random() < 0.5:
             changed[at] ^= 1 << draw.randrange(8)
         else:
@@ -100,16 +101,20 @@ def _mutated(content: bytes, limit: int, seed: int) -> bytes:
 def test_damage_raises_one_error_or_reads_as_another_program(toy: Toy) -> None:
     content = toy.program.read_bytes()
     limit = executorch_file.read(toy.program).program_bytes
+    graph = content.index(b"XH00")  # XNNPACK's, behind the program
+    start, size = struct.unpack_from("<II", content, graph + 6)
+    parts = [range(8, limit - 4), range(graph - 4, graph - 4 + start + size)]
     refused = 0
-    for seed in range(400):
+    for seed in range(700):
         try:
-            file = executorch_file.parse(memoryview(_mutated(content, limit, seed)), "model.pte")
+            file = executorch_file.parse(memoryview(_mutated(content, parts, seed)), "model.pte")
             for method in file.methods.values():
                 for delegate in method.delegates:
                     executorch_file.xnn_table(delegate)
+                Contents(method)
         except ExportError:
             refused += 1
-    assert refused > 100
+    assert refused > 300
 
 
 def test_parts_that_lie_over_each_other_are_not_read_again_and_again() -> None:
