@@ -81,7 +81,8 @@ def problems(
 
 def contract_problems(spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
     """A tokenizer that is larger than the head: the runner's sampler reads as many logits."""
-    words, rows = spec.tokenizer.vocab_size, spec.decoder.vocab_size
+    rows = spec.decoder.vocab_size
+    words = max(spec.tokenizer.vocab_size, spec.image_token_id + 1)  # the bundle's has both
     if words <= rows:
         return []
     return [

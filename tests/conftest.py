@@ -3,11 +3,15 @@ import os
 # Models this small only lose by sharing the cores; children inherit it. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
+
+from . import shared
 
 
 def randomize(model: FastVLM) -> FastVLM:
@@ -60,3 +64,15 @@ def tiny() -> FastVLM:
 def tiny_released() -> FastVLM:
     """In the form of released checkpoints: branches folded, BatchNorms and layer scales not."""
     return tiny_model(train_form=False)
+
+
+@pytest.fixture(scope="session")
+def executorch_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the trained model, for all workers: not to be changed. See `shared`."""
+    return shared.once(tmp_path_factory, "executorch-fp32", shared.command_line)
+
+
+@pytest.fixture(scope="session")
+def executorch_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another."""
+    return shared.once(tmp_path_factory, "executorch-int4", shared.int4)

@@ -17,6 +17,8 @@ GIB = 2**30
         ("onnx", "int8", 700, 10 * GIB),
         ("onnx", "int4", 600, 10 * GIB),
         ("coreml", "int4", 700, 16 * GIB),  # the table is in two packages
+        ("executorch", "int8", 700, 16 * GIB),
+        ("executorch", "int4", 600, 16 * GIB),
     ],
 )
 def test_a_quantized_export_passes_and_stays_small(
@@ -49,5 +51,8 @@ def test_a_quantized_export_passes_and_stays_small(
     )
     print(report["verdict"])
     assert done.returncode == 0
+    if target == "executorch":
+        vision, _, decoder = report["placement"]["methods"]
+        assert len(vision["delegates"]) == len(decoder["delegates"]) == 1
     assert size < megabytes
     assert export["peak_memory_bytes"] < memory

@@ -1,6 +1,5 @@
 """A small random FastVLM whose answers depend on the image, a tokenizer, and its ONNX folder."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +16,9 @@ from torch.export import ExportedProgram
 
 from fastvlm_export.exporter import checkpoint as checkpoints
 from fastvlm_export.exporter import pipeline
-from fastvlm_export.exporter.bundle import (
-    MANIFEST,
-    SCHEMA,
-    Bundle,
-    Manifest,
-    Source,
-    files_of,
-)
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
-from fastvlm_export.exporter.prompt import IMAGE_TOKEN, TEMPLATE
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.exporter.tokenizer import QWEN2_PIECES, Tokenizer
@@ -36,6 +26,8 @@ from fastvlm_export.quantize.apply import needs_calibration, quantize
 from fastvlm_export.quantize.calibration import load as load_calibration
 from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import onnx, onnx_files
+
+from ..shared import once
 
 RESOLUTION, CONTEXT = 128, 160
 
@@ -84,13 +76,20 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def lively_model(vocab_size: int, *, tied: bool, seed: int = 0) -> FastVLM:
+def lively_model(
+    vocab_size: int,
+    *,
+    tied: bool,
+    seed: int = 0,
+    depths: tuple[int, ...] = (1, 2, 1, 1, 1),
+    layers: int = 3,
+) -> FastVLM:
     """Weights that keep a signal's size, so that image and text both move the answer."""
     torch.manual_seed(seed)
     config = FastVLMConfig(
         tower=fastvithd(
             widths=(16, 32, 32, 32, 64),
-            depths=(1, 2, 1, 1, 1),
+            depths=depths,
             features=128,
             se_width=16,
             head_width=0,
@@ -100,7 +99,7 @@ def lively_model(vocab_size: int, *, tied: bool, seed: int = 0) -> FastVLM:
             vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=96,
-            layers=3,
+            layers=layers,
             heads=4,
             kv_heads=2,
             head_dim=16,
@@ -204,42 +203,19 @@ def bundled_quantized(
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """ExecuTorch's: see `executorch_toys.Toy`."""
-    from .executorch_toys import make_toy  # noqa: PLC0415 - imports executorch
+    from . import executorch_toys  # noqa: PLC0415 - imports executorch
 
-    return make_toy(tmp_path_factory.mktemp("executorch"))
+    folder = once(tmp_path_factory, "executorch-toy", executorch_toys.write_toy)
+    return executorch_toys.read_toy(folder)
 
 
 @pytest.fixture(scope="session")
-def executorch_bundled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The trained model in float32 on XNNPACK: lowered once, half a minute."""
-    from fastvlm_export.targets import executorch  # noqa: PLC0415 - imports executorch
+def int4_programs() -> dict[str, ExportedProgram]:
+    """The programs that the bundle `executorch_int4` was lowered from, made once more."""
+    from fastvlm_export.targets import executorch  # noqa: PLC0415
 
-    folder = tmp_path_factory.mktemp("executorch_bundled")
     checkpoint = checkpoints.bundled()
     spec = pipeline.contract(checkpoint, None, None)
-    recipe = executorch.adapt(RECIPES["fp32"])
+    recipe = executorch.adapt(RECIPES["int4"])
     folded = reparameterize(checkpoint.model()).model
-    programs = quantize(folded, recipe, spec, None, lambda _: None).programs
-    artifact = executorch.lower(programs, spec, recipe, folder)
-    manifest = Manifest(
-        schema=SCHEMA,
-        source=Source(name=checkpoint.name, layout=checkpoint.layout, sha256=checkpoint.sha256),
-        target="executorch",
-        recipe=recipe.to_dict(),
-        quantization={},
-        resolution=spec.preprocessing.resolution,
-        context=spec.context,
-        image_tokens=spec.image_tokens,
-        preprocessing=spec.preprocessing,
-        prompt_template=TEMPLATE,
-        image_token=IMAGE_TOKEN,
-        image_token_id=spec.image_token_id,
-        eos_token_ids=spec.eos_token_ids,
-        model=dataclasses.asdict(checkpoint.config),
-        graphs=artifact.graphs,
-        versions={},
-        files=files_of(folder),
-        artifact=artifact.details,
-    )
-    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-    return Bundle(path=folder, manifest=manifest)
+    return dict(quantize(folded, recipe, spec, load_calibration(None), lambda _: None).programs)

@@ -107,7 +107,7 @@ CONSTANTS: dict[str, object] = {
 }
 
 
-def make_toy(folder: Path) -> Toy:
+def write_toy(folder: Path) -> None:
     """Lower the modules; what is shared and what goes apart is small here."""
     made = modules()
 
@@ -121,6 +121,18 @@ def make_toy(folder: Path) -> Toy:
         assert apart.ptd is not None
         patch.setattr(executorch_pack, "share", lambda pte: pte)
         unshared = lowered(external=False).pte
-    program = folder / "model.pte"
-    program.write_bytes(executorch_pack.share(unshared))
-    return Toy(modules=made, program=program, unshared=unshared, external=(apart.pte, apart.ptd))
+    folder.mkdir()
+    (folder / "unshared").write_bytes(unshared)
+    (folder / "apart").write_bytes(apart.pte)
+    (folder / "weights").write_bytes(apart.ptd)
+    (folder / "model.pte").write_bytes(executorch_pack.share(unshared))
+
+
+def read_toy(folder: Path) -> Toy:
+    """What `write_toy` wrote."""
+    return Toy(
+        modules=modules(),
+        program=folder / "model.pte",
+        unshared=(folder / "unshared").read_bytes(),
+        external=((folder / "apart").read_bytes(), (folder / "weights").read_bytes()),
+    )

@@ -1,6 +1,5 @@
-"""Files of small models, one stored number changed at a time, against the programs."""
+"""A bundle, one stored number changed at a time, against the programs that it was made from."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,6 @@ from torch.export.graph_signature import InputKind
 
 pytest.importorskip("executorch", reason="needs executorch")
 
-from fastvlm_export.exporter.reparameterize import reparameterize
-from fastvlm_export.quantize.apply import quantize
-from fastvlm_export.quantize.calibration import load as load_calibration
-from fastvlm_export.quantize.recipes import RECIPES
-from fastvlm_export.targets import executorch
 from fastvlm_export.targets.executorch_contents import Contents
 from fastvlm_export.targets.executorch_file import read
 from fastvlm_export.targets.executorch_model import METHODS, PROGRAM, VISION
@@ -28,14 +22,12 @@ from fastvlm_export.targets.executorch_stored import expected, fingerprint
 from fastvlm_export.validate.parity_types import Stage
 from fastvlm_export.validate.stored import StoredWeights, compare_stored
 
-from .conftest import lively_model, make_spec
-
 Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A small model's programs and the file of them."""
+    """Programs and the folder of the file that they were lowered to."""
 
     programs: dict[str, ExportedProgram]
     folder: Path
@@ -51,24 +43,17 @@ class Written:
 
     def changed(self, folder: Path, before: bytes, after: bytes) -> StoredWeights:
         """The comparison once every copy of some bytes has become others."""
-        copy = folder / "copy"
-        shutil.copytree(self.folder, copy)
-        file = copy / PROGRAM
-        assert before in file.read_bytes()
-        file.write_bytes(file.read_bytes().replace(before, after))
-        return self.compare(copy)
+        content = (self.folder / PROGRAM).read_bytes()
+        assert before in content
+        folder.mkdir(exist_ok=True)
+        (folder / PROGRAM).write_bytes(content.replace(before, after))
+        return self.compare(folder)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(executorch_int4: Path, int4_programs: dict[str, ExportedProgram]) -> Written:
     """All kinds of numbers: 4 and 8 bits, static and affine layers, and convolutions in float32."""
-    model = lively_model(300, tied=True)
-    spec, recipe = make_spec(model), executorch.adapt(RECIPES["int4"])
-    folded, calibration = reparameterize(model).model, load_calibration(None)
-    programs = dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
-    folder = tmp_path_factory.mktemp("int4")
-    executorch.lower(programs, spec, recipe, folder)
-    return Written(programs=programs, folder=folder)
+    return Written(programs=int4_programs, folder=executorch_int4)
 
 
 def test_the_file_holds_what_the_programs_do(written: Written) -> None:

@@ -16,18 +16,15 @@ from fastvlm_export.exporter.model.fastvithd import LayerNormChannel
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.quantize import calibration
-from fastvlm_export.quantize.activations import quantize_vision
 from fastvlm_export.quantize.ranges import lifted
-from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import (
     executorch_backends,
     executorch_file,
     executorch_lowering,
-    executorch_recipes,
 )
 from fastvlm_export.targets.executorch_depthwise import LARGEST, pieces, split_depthwise
 from fastvlm_export.targets.executorch_edit import EditedGraph
-from fastvlm_export.targets.executorch_model import VISION, Backend
+from fastvlm_export.targets.executorch_model import PROGRAM, VISION, Backend
 from fastvlm_export.targets.executorch_static import float_bias
 from fastvlm_export.targets.executorch_vision import channel_norm, vision_method
 from fastvlm_export.targets.executorch_xnn import xnn_constant, xnn_graph
@@ -68,8 +65,8 @@ def odd_graph(depths: tuple[int, ...], widths: tuple[int, ...], resolution: int)
 
 @pytest.fixture(scope="module")
 def odd() -> Graph:
-    """Depths, sides of maps (17, 9, 5, 3) and outputs per channel that are odd."""
-    return odd_graph((1, 1, 2, 1, 1), (4, 8, 16, 32, 96), 136)
+    """Sides of maps (17, 9, 5, 3) and outputs per channel that are odd."""
+    return odd_graph((1, 1, 1, 1, 1), (4, 8, 16, 32, 96), 136)
 
 
 def bundled_graph() -> tuple[Graph, list[Tensor]]:
@@ -107,11 +104,12 @@ def test_the_odd_encoder_is_one_delegate_and_the_same_function(odd: Graph, tmp_p
     assert worst <= ROUNDING, worst
 
 
-def test_int8_of_the_trained_model_arrives_as_it_is(tmp_path: Path) -> None:
-    graph, images = bundled_graph()
-    recipe = executorch_recipes.adapt(RECIPES["int8"], Backend.XNNPACK)
-    program = quantize_vision(graph, recipe, images)
-    method = lower(vision_method(program), tmp_path / "int8.pte")
+def test_integers_of_the_trained_model_arrive_as_they_are(
+    executorch_int4: Path, int4_programs: dict[str, ExportedProgram]
+) -> None:
+    """Its tower has 8 bits under every recipe with integers."""
+    program, path = int4_programs["vision"], executorch_int4 / PROGRAM
+    method = executorch_file.read(path).methods[VISION]
     assert [d.backend for d in method.delegates] == ["XnnpackBackend"]
     assert method.kernels == ()
 
@@ -119,11 +117,12 @@ def test_int8_of_the_trained_model_arrives_as_it_is(tmp_path: Path) -> None:
     assert expected
     assert stored_integers(method.delegates[0]) == expected
 
+    graph, images = bundled_graph()
     lost, wrong = [], []
     for pixels in images:
         reference = program.module()(torch.cat((pixels, pixels)))[:1]
         lost.append(float((graph.module(pixels) - reference).norm()))
-        wrong.append(float((run(tmp_path / "int8.pte", pixels) - reference).norm()))
+        wrong.append(float((run(path, pixels) - reference).norm()))
     # Floats that differ in their last bits fall to either side of an integer here and there: some
     # images are the same to the last bit, some are off by a part of what the integers cost.
     assert min(w / n for w, n in zip(wrong, lost, strict=True)) <= 1e-3, wrong

@@ -37,7 +37,7 @@ class Lowered:
     """A small model under a recipe, as one program."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        model = lively_model(300, tied=True)
+        model = lively_model(300, tied=True, depths=(1, 1, 1, 1, 1), layers=2)
         self.spec: ExportSpec = make_spec(model)
         self.table = model.decoder.embed_tokens.weight.detach()
         folded = reparameterize(model).model

@@ -1,0 +1,51 @@
+"""What is expensive to make and the same for every worker: made once in a run of the tests."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastvlm_export.exporter import pipeline
+from fastvlm_export.exporter.source import SourceRequest
+from fastvlm_export.validate import proof
+
+from .exporter.commands import command
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first to ask makes, whichever worker that is; the others wait for it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own below the run's
+        root = root.parent
+    folder, unfinished = root / name, root / f"{name}.unfinished"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def command_line(out: Path) -> None:
+    """The bundled model in float32 on XNNPACK, as a user exports, proves and times it."""
+    options = ("--target", "executorch", "--out", out, "--runs", 1, "--json")
+    done = subprocess.run(command(*options), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)["passed"]
+
+
+def int4(out: Path) -> None:
+    """The same with integers of 4 and 8 bits, proven on half as much, and not timed."""
+    request = pipeline.ExportRequest(
+        source=SourceRequest(), out=out, targets=("executorch",), recipe="int4", steps=32
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "QUESTIONS", 150)
+        (outcome,) = pipeline.export(request)
+    assert outcome.passed, outcome.report.verdict
