@@ -1,7 +1,7 @@
 """The decoder as ExecuTorch's runtime runs it: the same function, its cache, one delegate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from fastvlm_export.exporter import graphs
 from fastvlm_export.exporter.config import DecoderConfig
 from fastvlm_export.exporter.model.decoder import Decoder
 from fastvlm_export.quantize.ranges import lifted
-from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.quantize.recipes import RECIPES, LayerRule, Recipe
 from fastvlm_export.quantize.weights import quantize_decoder
 from fastvlm_export.targets import executorch_backends, executorch_lowering, executorch_recipes
 from fastvlm_export.targets.executorch_decoder import decoder_method
@@ -67,11 +67,9 @@ class Lowered:
         return worst
 
 
-def lowered(
-    config: DecoderConfig, context: int, *, biases: bool = True, recipe: str = ""
-) -> Lowered:
-    from executorch.extension.pybindings import portable_lib  # noqa: PLC0415
-
+def traced(
+    config: DecoderConfig, context: int, *, biases: bool = True, recipe: Recipe | None = None
+) -> ExportedProgram:
     torch.manual_seed(context)
     decoder = Decoder(config).eval().requires_grad_(False)
     for name, parameter in decoder.named_parameters():
@@ -83,10 +81,14 @@ def lowered(
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.bias = projection.bias if biases else None
     if recipe:
-        adapted = executorch_recipes.adapt(RECIPES[recipe], Backend.XNNPACK)
-        quantize_decoder(decoder, adapted, [], lambda _: None)
+        quantize_decoder(decoder, recipe, [], lambda _: None)
     model = SimpleNamespace(config=SimpleNamespace(decoder=config), decoder=decoder)
-    program = graphs.export_program(graphs._decoder(model, context))
+    return graphs.export_program(graphs._decoder(model, context))
+
+
+def lowered(program: ExportedProgram, config: DecoderConfig, context: int) -> Lowered:
+    from executorch.extension.pybindings import portable_lib  # noqa: PLC0415
+
     methods = {DECODER: decoder_method(program, config, context)}
     partitioners = {DECODER: executorch_backends.partitioners(Backend.XNNPACK, DECODER)}
     pte = executorch_lowering.lower(methods, partitioners, {}).pte
@@ -107,7 +109,7 @@ def grouped() -> Lowered:
         head_dim=10,
         tied=True,
     )
-    return lowered(config, 37)
+    return lowered(traced(config, 37), config, 37)
 
 
 def test_is_one_delegate_and_writes_its_cache_in_place(grouped: Lowered) -> None:
@@ -148,20 +150,45 @@ def test_positions_beyond_the_context_are_an_error(
     assert grouped.compare((3, 1)) <= ROUNDING  # and the program still runs
 
 
-@pytest.mark.parametrize(("recipe", "kv_heads"), [("int8", 4), ("int4", 1)])
-def test_integers_arrive_and_give_the_program_s_logits(recipe: str, kv_heads: int) -> None:
-    """An untied head, no biases, a key head per query head or one for all."""
+def test_a_key_head_for_each_query_head_is_the_same_function() -> None:
     config = DecoderConfig(
         vocab_size=33,
         hidden_size=64,
         intermediate_size=96,
         layers=1,
         heads=4,
-        kv_heads=kv_heads,
+        kv_heads=4,
         head_dim=16,
         tied=False,
     )
-    program = lowered(config, 20, biases=False, recipe=recipe)
+    program = traced(config, 20)
+    method = decoder_method(program, config, 20).module()
+    eager = SimpleNamespace(run_method=lambda _, inputs: [method(*inputs)])
+    assert Lowered(program, config, 20, eager, b"").compare((3, 1, 16)) <= ROUNDING
+
+
+def test_integers_arrive_and_give_the_program_s_logits() -> None:
+    """Of 4 and of 8 bits; an untied head, no biases, one key head for all."""
+    recipe = replace(
+        executorch_recipes.adapt(RECIPES["int4"], Backend.XNNPACK),
+        layers=(
+            LayerRule(
+                pattern="decoder.layers.*.self_attn.*",
+                precision=executorch_recipes.adapt(RECIPES["int8"], Backend.XNNPACK).decoder,
+            ),
+        ),
+    )
+    config = DecoderConfig(
+        vocab_size=33,
+        hidden_size=64,
+        intermediate_size=96,
+        layers=1,
+        heads=4,
+        kv_heads=1,
+        head_dim=16,
+        tied=False,
+    )
+    program = lowered(traced(config, 20, biases=False, recipe=recipe), config, 20)
     (delegate,) = program.method.delegates
     graph = xnn_graph(delegate)
     stored = []
