@@ -10,10 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm_export.exporter import pipeline
-from fastvlm_export.exporter.source import SourceRequest
-from fastvlm_export.validate import proof
-
 from .exporter.commands import command
 
 
@@ -42,6 +38,10 @@ def command_line(out: Path) -> None:
 
 def int4(out: Path) -> None:
     """The same with integers of 4 and 8 bits, proven on half as much, and not timed."""
+    from fastvlm_export.exporter import pipeline  # noqa: PLC0415 - most tests need nothing of it
+    from fastvlm_export.exporter.source import SourceRequest  # noqa: PLC0415
+    from fastvlm_export.validate import proof  # noqa: PLC0415
+
     request = pipeline.ExportRequest(
         source=SourceRequest(), out=out, targets=("executorch",), recipe="int4", steps=32
     )
