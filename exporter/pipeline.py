@@ -39,7 +39,14 @@ from .clock import Clock
 from .errors import ExportError
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
-from .requests import Chosen, ExportRequest, check, check_contract, check_layers
+from .requests import (
+    Chosen,
+    ExportRequest,
+    check,
+    check_contract,
+    check_layers,
+    check_prompts,
+)
 from .samples import Sample, samples
 from .source import SourceRequest, contract, load_source, recorded_source
 from .spec import ExportSpec
@@ -96,6 +103,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     spec = contract(checkpoint, request.resolution, request.context)
     check_contract(checked, spec)
     images = samples(request.images)
+    check_prompts(spec, images)
     clock.stage("Reparameterize the tower")
     folded = reparameterize(checkpoint.model(), clock.detail)
     work = _Work(

@@ -20,7 +20,8 @@ from . import bundle as bundles
 from .config import FastVLMConfig
 from .errors import ExportError, raise_together
 from .model.fastvlm import FastVLM, build
-from .samples import samples
+from .prompt import prompt_ids
+from .samples import Sample, samples
 from .source import SourceRequest
 from .spec import ExportSpec
 
@@ -142,6 +143,20 @@ def check_contract(checked: Checked, spec: ExportSpec) -> None:
         raise ExportError(
             "\n".join(found),
             "Change what is named (--resolution takes any multiple of 64), or leave --layout out.",
+        )
+
+
+def check_prompts(spec: ExportSpec, images: Sequence[Sample]) -> None:
+    """Raise ExportError where the context has no room for a prompt of the proof and one token."""
+    longest = max(
+        len(prompt_ids(spec.tokenizer, one.question, spec.image_token_id, spec.image_tokens))
+        for one in images
+    )
+    if longest >= spec.context:
+        raise ExportError(
+            f"The longest prompt of the proof takes {longest} positions, the context has "
+            f"{spec.context}.",
+            f"Use --context {longest + 1} or more, or a smaller --resolution.",
         )
 
 

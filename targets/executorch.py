@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..exporter.bundle import Bundle
+from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Recipe
 from . import client_files, executorch_backends, executorch_recipes
@@ -101,6 +102,11 @@ def lower(
     """Write the program and the client's files below the empty folder `out`."""
     backend, external = backend_of(options), bool(options.external_weights)
     lowered = _lowered(programs, spec, backend, external=external)
+    if external and lowered.ptd is None:
+        raise ExportError(
+            f"--external-weights: no weight of this model is large enough for {WEIGHTS}.",
+            "Leave --external-weights out.",
+        )
     (out / PROGRAM).write_bytes(lowered.pte)
     if lowered.ptd is not None:
         (out / WEIGHTS).write_bytes(lowered.ptd)

@@ -252,6 +252,12 @@ def _method(program: "PteFile", name: str, backend: str, context: int) -> Method
     if name not in program.methods:
         raise ExportError(f"{program.source} has no method '{name}'.", EXPORT_HINT)
     method = program.methods[name]
+    if backend == Backend.PORTABLE and method.delegates:
+        raise ExportError(
+            f"{program.source}: '{name}' has a delegate of {method.delegates[0].backend}, the "
+            f"manifest's backend is {backend}.",
+            EXPORT_HINT,
+        )
     return MethodDelegation(
         method=name,
         delegates=tuple(one.backend for one in method.delegates),

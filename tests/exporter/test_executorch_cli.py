@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from fastvlm_export.exporter.bundle import open_bundle
 from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
 from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import executorch, executorch_backends
+from fastvlm_export.targets.base import Options
 from fastvlm_export.targets.executorch_model import PROGRAM
 from fastvlm_export.validate import proof
 from fastvlm_export.validate.delegation import delegation
@@ -69,6 +72,17 @@ def test_core_mls_backend_needs_coremltools(
     monkeypatch.setattr(executorch_backends, "find_spec", lambda name: None)
     result = run(*EXECUTORCH, "--backend", "coreml", "--out", tmp_path / "out", "--quiet")
     bad(result, "--backend coreml", "pip install 'fastvlm-export[coreml]'")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_weight_file_that_would_be_empty_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered = SimpleNamespace(pte=b"program", ptd=None)
+    monkeypatch.setattr(executorch, "_lowered", lambda *_, **__: lowered)
+    spec: Any = None
+    with pytest.raises(ExportError, match="no weight of this model is large enough"):
+        executorch.lower({}, spec, RECIPES["fp32"], tmp_path, Options(external_weights=True))
     assert not any(tmp_path.iterdir())
 
 

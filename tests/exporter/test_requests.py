@@ -11,6 +11,7 @@ from fastvlm_export.exporter import checkpoint as checkpoints
 from fastvlm_export.exporter import requests
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.requests import ExportRequest
+from fastvlm_export.exporter.samples import samples
 from fastvlm_export.exporter.source import SourceRequest, contract
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.quantize.recipes import RECIPES, Float, Recipe
@@ -154,3 +155,16 @@ def test_a_model_that_a_client_cannot_run_is_refused_by_its_contract(check) -> N
     requests.check_contract(check(PLAIN), spec)
     with pytest.raises(ExportError, match="'apple' runs nothing"):
         requests.check_contract(check(PLAIN, APPLE, options=Options(layout="own")), spec)
+
+
+def test_a_context_without_room_for_the_proofs_prompts_is_refused_before_work() -> None:
+    images = samples(())
+    checkpoint = checkpoints.bundled()
+    spec = contract(checkpoint, None, None)
+    requests.check_prompts(spec, images)
+    with pytest.raises(ExportError, match="the context has 20") as caught:
+        requests.check_prompts(replace(spec, context=20), images)
+    enough = int(caught.value.hint.split()[2])
+    requests.check_prompts(replace(spec, context=enough), images)
+    with pytest.raises(ExportError):
+        requests.check_prompts(replace(spec, context=enough - 1), images)

@@ -167,6 +167,8 @@ def test_a_program_that_hands_nothing_over_breaks_the_limits_of_its_backend(fold
 def test_what_is_no_backend_and_no_program_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="names the backend 'qnn'"):
         read(folder, "xnnpack", claimed="qnn")
+    with pytest.raises(ExportError, match="XnnpackBackend, the manifest's backend is portable"):
+        read(folder, "xnnpack", claimed="portable")
     (tmp_path / "xnnpack").mkdir()
     (tmp_path / "xnnpack" / PROGRAM).write_bytes(b"no program")
     with pytest.raises(ExportError, match="not an ExecuTorch program"):
