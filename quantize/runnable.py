@@ -2,7 +2,9 @@
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,24 @@ from .ops import dequantize, round_activations, to_integers
 from .ranges import DEQUANTIZE_TENSOR, QUANTIZE, QUANTIZED_LINEAR, lifted
 
 Runnable = Callable[..., tuple[Tensor, ...]]
+
+
+Move = Callable[[Tensor], Tensor]
+_MOVE: ContextVar[Move | None] = ContextVar("_MOVE", default=None)
+
+
+@contextmanager
+def roundings_moved(move: Move) -> Iterator[None]:
+    """Within, activations go through `move` wherever they are about to become integers.
+
+    What another runtime's sums differ by arrives there; of what is added to the inputs, the first
+    rounding may leave nothing.
+    """
+    before = _MOVE.set(move)
+    try:
+        yield
+    finally:
+        _MOVE.reset(before)
 
 
 def runnable(program: ExportedProgram, *, exact: bool = False) -> Runnable:
@@ -82,6 +102,9 @@ class Float32Interpreter(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operator that makes float16 makes float32 here; with `exact` no integers are made."""
+        move = _MOVE.get()
+        if move and not self.exact and (target is round_activations or str(target) == QUANTIZE):
+            args = (move(args[0]), *args[1:])
         if str(target) in (EXACT if self.exact else TYPED):
             return (EXACT if self.exact else TYPED)[str(target)](*args)
         args = map_aggregate(args, _wide_type)

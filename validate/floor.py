@@ -4,15 +4,19 @@ Where activations are rounded, one that is next to a boundary falls on the other
 difference of one part in 10^7, and the whole step travels on. How far it gets depends on the model:
 deep towers, and random weights above all, amplify it. No artifact can be nearer to its reference
 than the reference is to itself, so this is measured, and the limits leave room for it. What sets
-artifacts apart before that is one rounding of the format in between: float32's, or float16's.
+artifacts apart before that is one rounding of the format in between: float32's, or float16's. It is
+added to the inputs, and float32's wherever activations are rounded, because pixels are so far from
+their boundaries that the first rounding often takes the whole noise away.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from ..quantize.recipes import Activations, Float, Recipe
+from ..quantize.runnable import roundings_moved
 from ..targets.base import Array, Session, TokenIds
 from .formats import NOISE
 from .limits import Limits
@@ -44,23 +48,30 @@ _FIELDS = {
 
 
 class _Moved:
-    """A session whose image and prompt arrive with a rounding's noise on every value."""
+    """A session whose inputs and rounded activations have a rounding's noise on every value."""
 
     def __init__(self, session: Session, move: float) -> None:
         self.session, self.move = session, move
         self.noise = np.random.default_rng(0)
+        self.inner = torch.Generator().manual_seed(0)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(x.shape, generator=self.inner)
+        return x * noise.mul_(MOVES[Float.FP32]).add_(1)
 
     def _move(self, x: Array) -> Array:
         return (x * (1 + self.noise.normal(0, self.move, x.shape))).astype(np.float32)
 
     def encode_image(self, pixels: Array) -> Array:
-        return self.session.encode_image(self._move(pixels))
+        with roundings_moved(self._rounded):
+            return self.session.encode_image(self._move(pixels))
 
     def embed(self, input_ids: TokenIds) -> Array:
         return self.session.embed(input_ids)
 
     def decode(self, inputs_embeds: Array) -> Array:
-        return self.session.decode(self._move(inputs_embeds))
+        with roundings_moved(self._rounded):
+            return self.session.decode(self._move(inputs_embeds))
 
     def reset(self) -> None:
         self.session.reset()

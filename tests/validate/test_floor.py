@@ -4,8 +4,11 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
+from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the operators
 
 from fastvlm_export.quantize.recipes import RECIPES, Activations, Float, Precision, Recipe
+from fastvlm_export.quantize.runnable import runnable
 from fastvlm_export.validate.floor import has_floor, rounding_floor, widened
 from fastvlm_export.validate.limits import FLOAT32, INTEGER_ACTIVATIONS, Limits
 from fastvlm_export.validate.recording import record
@@ -116,3 +119,30 @@ def test_tokens_that_the_moved_model_changes_are_allowed_twice():
     assert not found.passed
     assert widened(FLOAT32, found).tokens >= 2
     assert widened(FLOAT32, floor_of(tiny_session())).tokens == 0
+
+
+def test_noise_reaches_what_the_first_rounding_would_take_it_from():
+    """Values on the first rounding's own steps, half of them on the second one's boundaries."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+            for step in (1.0, 2.0):
+                integers = quantize(x, step, 0, 0, 255, torch.uint8)
+                x = dequantize(integers, step, 0, 0, 255, torch.uint8)
+            return x
+
+    x = torch.arange(200.0)
+    run = runnable(torch.export.export(Twice(), (x,)))
+    (still,) = run(x)
+    assert torch.equal(run(x * (1 + 2e-7 * torch.randn(200)))[0], still)
+
+    class Rounding(Altered):
+        def encode_image(self, pixels):
+            return super().encode_image(pixels) * (1 + float((run(x)[0] - still).abs().mean()))
+
+    session = Rounding(tiny_session())
+    opened = widened(FLOAT32, floor_of(session, ("a",)))
+    assert opened.features > 0.1
+    assert torch.equal(run(x)[0], still)
