@@ -5,6 +5,7 @@ buffers; methods without inputs tell a client the sizes and end tokens. Every op
 the stock runtime registers by itself.
 """
 
+import json
 from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
@@ -82,8 +83,7 @@ def problems(
 
 def contract_problems(spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
     """A tokenizer that is larger than the head: the runner's sampler reads as many logits."""
-    rows = spec.decoder.vocab_size
-    words = max(spec.tokenizer.vocab_size, spec.image_token_id + 1)  # the bundle's has both
+    words, rows = spec.tokenizer.vocab_size, spec.decoder.vocab_size
     if words <= rows:
         return []
     return [
@@ -181,6 +181,9 @@ def _graphs(spec: ExportSpec) -> dict[str, dict[str, dict[str, str]]]:
 
 def _write_client_files(spec: ExportSpec, out: Path) -> None:
     files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
+    if spec.image_token_id >= spec.decoder.vocab_size:
+        # The tokenizer with it would have more ids than there are logits; no text has it here.
+        files["tokenizer.json"] = json.loads(spec.tokenizer.to_json())
     client_files.write_json(files, out)
 
 

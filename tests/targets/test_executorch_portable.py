@@ -1,4 +1,4 @@
-"""A whole model without a backend, its weights in a file of their own; and what has no room."""
+"""A whole model without a backend, its weights in a file of their own; tokenizers too large."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,16 +31,16 @@ def worst(ours: Array, reference: Array) -> float:
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
 
-def test_logits_that_have_no_room_for_the_image_token_are_refused() -> None:
-    """It is in the tokenizer of the bundle, by which the runner's sampler goes."""
-    vocabulary = byte_tokenizer().vocab_size
-    sizes = [
-        executorch.contract_problems(make_spec(lively_model(vocabulary + more, tied=True)))
-        for more in (0, 1)
+def test_a_tokenizer_larger_than_the_logits_is_refused() -> None:
+    """The runner's sampler reads as many logits as the tokenizer has ids."""
+    words = byte_tokenizer().vocab_size
+    found = [
+        executorch.contract_problems(make_spec(lively_model(words - fewer, tied=True)))
+        for fewer in (1, 0)
     ]
-    [line] = sizes[0]
-    assert f"ids up to {vocabulary}, the logits are {vocabulary} wide" in line
-    assert sizes[1] == []
+    [line] = found[0]
+    assert f"ids up to {words - 1}, the logits are {words - 1} wide" in line
+    assert found[1] == []
 
 
 def test_each_method_finds_its_own_numbers_in_the_weight_file(
@@ -48,7 +48,7 @@ def test_each_method_finds_its_own_numbers_in_the_weight_file(
 ) -> None:
     """The runtime looks weights up by name, those of all methods in one table."""
     monkeypatch.setattr(executorch_pack, "SMALLEST_EXTERNAL", SMALLEST)
-    vocabulary = byte_tokenizer().vocab_size + 1  # with the image's
+    vocabulary = byte_tokenizer().vocab_size  # the image's id is beyond the table
     model = lively_model(vocabulary, tied=True, depths=(1, 1, 1, 1, 1), layers=1)
     spec, recipe = make_spec(model), RECIPES["fp32"]
     options = Options(backend="portable", external_weights=True)
@@ -85,6 +85,8 @@ def test_each_method_finds_its_own_numbers_in_the_weight_file(
     ids = np.arange(vocabulary)[None, ::9]
     words = ours.embed(ids)
     assert np.array_equal(words, reference.embed(ids))
+    image = np.array([[spec.image_token_id]])
+    assert np.array_equal(ours.embed(image), reference.embed(image))
     for embeds in (np.concatenate((features, words), 1), words[:, :1], words[:, 1:4]):
         assert worst(ours.decode(embeds), reference.decode(embeds)) < 1e-5
 
