@@ -4,11 +4,11 @@ XNNPACK knows no reductions, comparisons, integers or slices of a size that is n
 it does not know splits a method into several delegates. So a mean is a product with a row of 1/D,
 RoPE's swapped halves are a product with a signed permutation, and the last row is picked by a
 product with ones and zeros. Those are exact but for the mean, whose order of sums is its own.
-The cache goes in as it was before the call; new keys and values come out, and portable operators
-write them to their positions afterwards, in place.
+The cache's filled rows go in as they were before the call; new keys and values come out, and
+portable operators write them to their positions afterwards, in place.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ VISIBLE = 1e30
 A limit, not a number to add: what an earlier answer left in the cache may be of any size.
 """
 
+BLOCK = 64
+"""A call reads as many rows of the cache as are filled, rounded up to a multiple of this."""
+
+PARTS = ("key", "value")
 EXAMPLE = 3  # new positions while tracing: neither 0 nor 1, which torch.export would specialize
 
 
@@ -47,10 +51,7 @@ def decoder_method(
 
 
 class _Decoder(nn.Module):
-    """Per layer a cache of keys [KV,d,context] and of values [KV,context,d].
-
-    So matrix products read them as they lie, and nothing transposes a whole cache per token.
-    """
+    """Per layer a cache of keys and one of values, [context,KV,d]: its first rows lie together."""
 
     mean: Tensor
     swapped: Tensor
@@ -58,7 +59,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, program: ExportedProgram, config: DecoderConfig, context: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.context = config, context
         self.rows = _Rows(self)
         self.decoder = Rewritten(
             program,
@@ -71,8 +72,8 @@ class _Decoder(nn.Module):
         )
         groups, width = config.kv_heads, config.head_dim
         for layer in range(config.layers):
-            self.register_buffer(f"key_{layer}", torch.zeros(groups, width, context))
-            self.register_buffer(f"value_{layer}", torch.zeros(groups, context, width))
+            for part in PARTS:
+                self.register_buffer(f"{part}_{layer}", torch.zeros(context, groups, width))
         self.register_buffer("mean", torch.full((1, config.hidden_size), 1 / config.hidden_size))
         one, none = torch.eye(width // 2), torch.zeros(width // 2, width // 2)
         swapped = torch.cat((torch.cat((none, -one), 1), torch.cat((one, none), 1)))
@@ -80,22 +81,31 @@ class _Decoder(nn.Module):
         self.register_buffer("places", torch.arange(context))
 
     def forward(self, inputs_embeds: Tensor, cache_position: Tensor) -> Tensor:
-        self.rows.start(cache_position)
-        past = [
+        cache = [
             getattr(self, f"{part}_{layer}")
             for layer in range(self.config.layers)
-            for part in ("key", "value")
+            for part in PARTS
         ]
+        filled = _filled(cache_position, self.context)
+        self.rows.start(cache_position, filled)
+        past = [part[:filled] for part in cache]
         logits: Tensor
         # What stands where the mask was is not read: a row's own position says what it may see.
         logits, *new = self.decoder(inputs_embeds, cache_position, *past)
-        put = torch.ops.aten.index_put_.default
-        for keys, values, key, value in zip(
-            past[::2], past[1::2], new[::2], new[1::2], strict=True
-        ):
-            put(keys, (None, None, cache_position), key)
-            put(values, (None, cache_position), value)
+        for part, rows in zip(cache, new, strict=True):
+            torch.ops.aten.index_put_.default(part, (cache_position,), rows)
         return logits
+
+
+def _filled(position: Tensor, context: int) -> int:
+    """How many rows of the cache a call at `position` [S] reads; a number of the run."""
+    if context <= BLOCK:
+        return context
+    blocks = torch.div(position[:1], BLOCK, rounding_mode="floor") + 1
+    filled = cast(int, (blocks * BLOCK).clamp(BLOCK, context).item())
+    torch._check(filled >= BLOCK)
+    torch._check(filled <= context)
+    return filled
 
 
 def _linear(
@@ -116,21 +126,20 @@ class _Rows:
     """What the layers of one call share: where its new rows are, and what each may see."""
 
     last: Tensor  # [1,1,S]: 1 at the last row, else 0
-    past: Tensor  # [1,1,context]: limits of scores with what is in the cache
+    past: Tensor  # [1,P,1]: limits of scores with the cache's P rows
     new: Tensor  # [1,G*S,S]: with the new keys; query heads of one key head one behind the other
 
     def __init__(self, decoder: _Decoder) -> None:
         self.config = decoder.config
         self.decoder = decoder
 
-    def start(self, position: Tensor) -> None:
-        """Begin a call whose rows are at `position` [S]."""
+    def start(self, position: Tensor, filled: int) -> None:
+        """Begin a call whose rows are at `position` [S], and that reads `filled` of the cache."""
         self.swapped, self.position = self.decoder.swapped, position
         self.angles: dict[int, Tensor] = {}
         self.last = (position == position[-1:]).float().view(1, 1, -1)
-        self.past = torch.where(self.decoder.places < position[:1], VISIBLE, -VISIBLE).view(
-            1, 1, -1
-        )
+        seen = self.decoder.places[:filled] < position[:1]
+        self.past = torch.where(seen, VISIBLE, -VISIBLE).view(1, -1, 1)
         # [G*S,S] is made inside the delegate, of rows alone: the memory of what is outside is
         # set aside for S = context.
         rows = position.float()
@@ -149,7 +158,7 @@ class _Rows:
     def attention(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """`fastvlm::cached_attention` of one sequence: mixed [1,S,H*d], new key and value.
 
-        Keys and values are as the cache holds them: [KV,d,...] and [KV,...,d].
+        Keys and values are as the cache holds them: [...,KV,d].
         """
         query, key, value, past_key, past_value, _, cos, sin, heads, kv_heads = args
         width = self.config.head_dim
@@ -157,12 +166,14 @@ class _Rows:
         query = self._rotated(query, cos, sin) * width**-0.5
         query = query.view(-1, kv_heads, group, width).permute(1, 2, 0, 3).contiguous()
         query = query.view(kv_heads, -1, width)  # [KV,G*S,d]
-        key = self._rotated(key, cos, sin).permute(1, 2, 0).contiguous()
-        value = value.view(-1, kv_heads, width).permute(1, 0, 2).contiguous()
-        past = torch.minimum(torch.bmm(query, past_key), self.past)
-        new = torch.minimum(torch.bmm(query, key), self.new)
+        key = self._rotated(key, cos, sin)
+        value = value.view(-1, kv_heads, width)
+        # Keys times queries, not the reverse: XNNPACK repacks what stands on the right.
+        past = torch.bmm(_heads_first(past_key), query.permute(0, 2, 1).contiguous())
+        past = torch.minimum(past, self.past).permute(0, 2, 1).contiguous()
+        new = torch.minimum(torch.bmm(query, key.permute(1, 2, 0).contiguous()), self.new)
         weights = torch.softmax(torch.cat((past, new), 2), 2)
-        mixed = torch.bmm(weights, torch.cat((past_value, value), 1))
+        mixed = torch.bmm(weights, _heads_first(torch.cat((past_value, value), 0)))
         mixed = mixed.view(kv_heads, group, -1, width).permute(2, 0, 1, 3).contiguous()
         return mixed.view(1, -1, heads * width), key, value
 
@@ -175,3 +186,8 @@ class _Rows:
                 self.angles[index] = torch.cat((rows, rows), 1).view(-1, 1, width)
         x = x.view(-1, x.shape[2] // width, width)
         return x * self.angles[0] + F.linear(x, self.swapped) * self.angles[1]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[S,KV,d] -> [KV,S,d]."""
+    return x.permute(1, 0, 2).contiguous()

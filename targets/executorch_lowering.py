@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.traceback import NodeSource
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from ..quantize.quiet import quiet_import
-from . import executorch_pack
+from . import executorch_memory, executorch_pack
 
 with quiet_import():
     from executorch.backends.xnnpack import xnnpack_preprocess
+    from executorch.backends.xnnpack.operators import node_visitor
+    from executorch.backends.xnnpack.partition.config import xnnpack_config
     from executorch.exir import (
         EdgeCompileConfig,
         ExecutorchBackendConfig,
@@ -34,6 +40,9 @@ NOTHING_TO_DO = frozenset(
     )
 )
 """XNNPACK's passes for operators that no method of ours has. Each traces a whole method anew."""
+
+FIRST = 256
+"""Positions of a call, and of the cache, that XNNPACK sets memory aside for as it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,41 @@ class _ShortPassManager(xnnpack_preprocess.XNNPACKPassManager):  # type: ignore[
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.passes: list[type] = [one for one in self.passes if one.__name__ not in NOTHING_TO_DO]
+
+
+@contextmanager
+def _sized_by_run() -> Iterator[None]:
+    """Let XNNPACK take and set aside memory for the sizes that a run has, not for the largest.
+
+    Its partitioner leaves out tensors whose size is a number of the run, since they could be empty.
+    Its runtime sets memory aside for the sizes that are written down, and more when a run needs
+    it: the largest would be scores of a prompt that fills the context.
+    """
+    asked, shape = xnnpack_config.has_free_unbacked_symbols, node_visitor.get_shape
+    xnnpack_config.has_free_unbacked_symbols = _may_be_empty
+    node_visitor.get_shape = _first_sizes
+    try:
+        yield
+    finally:
+        xnnpack_config.has_free_unbacked_symbols, node_visitor.get_shape = asked, shape
+
+
+def _may_be_empty(x: Any) -> bool:
+    if not has_free_unbacked_symbols(x):
+        return False
+    sizes = [size.node for size in x.shape if isinstance(size, torch.SymInt)]
+    ranges = [bound_sympy(size.expr, size.shape_env.var_to_range) for size in sizes]
+    return any(limits.lower < 1 or limits.upper == int_oo for limits in ranges)
+
+
+def _first_sizes(node: Node) -> list[int]:
+    return [size if isinstance(size, int) else _first_size(size) for size in node.meta["val"].shape]
+
+
+def _first_size(size: torch.SymInt) -> int:
+    limits = {name: size.node.shape_env.var_to_range[name] for name in size.node.expr.free_symbols}
+    values = {name: min(max(FIRST, at.lower), at.upper) for name, at in limits.items()}
+    return int(size.node.expr.subs(values))
 
 
 @contextmanager
@@ -88,7 +132,7 @@ def lower(
     `constants` become methods without inputs, for clients to ask. With `external`, large weights
     go to a file of their own. Equal bytes are stored once.
     """
-    with torch.no_grad(), quiet_copies(), _shortened():
+    with torch.no_grad(), quiet_copies(), _shortened(), _sized_by_run():
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: list(found) for name, found in partitioners.items()},
@@ -101,6 +145,7 @@ def lower(
         program = edge.to_executorch(
             ExecutorchBackendConfig(
                 run_reinplace_pass=True,  # else the whole cache is copied for each new token
+                memory_planning_pass=executorch_memory.AliasPlanning(),
                 external_constants=executorch_pack.external_constant if external else False,
             )
         )

@@ -24,11 +24,12 @@ from fastvlm_export.quantize.ranges import lifted
 from fastvlm_export.quantize.recipes import RECIPES, LayerRule, Recipe
 from fastvlm_export.quantize.weights import quantize_decoder
 from fastvlm_export.targets import executorch_backends, executorch_lowering, executorch_recipes
-from fastvlm_export.targets.executorch_decoder import decoder_method
+from fastvlm_export.targets.executorch_decoder import BLOCK, decoder_method
 from fastvlm_export.targets.executorch_file import Method, parse
 from fastvlm_export.targets.executorch_model import DECODER, Backend
 from fastvlm_export.targets.executorch_xnn import xnn_constant, xnn_graph
 
+CONTEXT = 2 * BLOCK + 19  # several blocks of the cache, the last one not whole
 ROUNDING = 3e-6  # of the largest logit
 
 
@@ -109,21 +110,30 @@ def grouped() -> Lowered:
         head_dim=10,
         tied=True,
     )
-    return lowered(traced(config, 37), config, 37)
+    return lowered(traced(config, CONTEXT), config, CONTEXT)
 
 
-def test_is_one_delegate_and_writes_its_cache_in_place(grouped: Lowered) -> None:
+def test_is_one_delegate_and_reads_and_writes_its_cache_in_place(grouped: Lowered) -> None:
     method = grouped.method
     assert [delegate.backend for delegate in method.delegates] == ["XnnpackBackend"]
     written = [name for name in method.kernels if name.startswith("aten::index_put_")]
     assert len(written) == 2 * grouped.config.layers
+    read = [name for name in method.kernels if name.startswith("aten::empty")]
+    assert len(read) == 2 * grouped.config.layers  # the filled part of each, without a copy
     assert not any("copy_" in name.split(".")[0][-5:] for name in method.kernels)
     assert len(method.buffers) == 2 * grouped.config.layers
 
 
 @pytest.mark.parametrize(
     "lengths",
-    [(5, 1, 1, 7, 2), (37,), (1, 1, 1), (36, 1), (30, 7)],
+    [
+        (63, 1, 1, 62, 1, 1, 18),
+        (CONTEXT,),
+        (1, 1, 1),
+        (CONTEXT - 1, 1),
+        (BLOCK, BLOCK, 19),
+        (5, 1, CONTEXT - 6),
+    ],
     ids=lambda x: "+".join(map(str, x)),
 )
 def test_chunks_of_any_length_give_the_program_s_logits(
@@ -136,11 +146,13 @@ def test_chunks_of_any_length_give_the_program_s_logits(
 def test_what_an_earlier_answer_left_never_matters(grouped: Lowered) -> None:
     embeds = torch.randn(1, 4, grouped.config.hidden_size)
     first = grouped.run(embeds, 0)
-    grouped.run(torch.randn(1, 37, grouped.config.hidden_size) * 1e4, 0)
+    grouped.run(torch.randn(1, CONTEXT, grouped.config.hidden_size) * 1e4, 0)
     assert torch.equal(grouped.run(embeds, 0), first)
 
 
-@pytest.mark.parametrize(("length", "start"), [(38, 0), (1, 37), (3, 35), (1, 10**9)])
+@pytest.mark.parametrize(
+    ("length", "start"), [(CONTEXT + 1, 0), (1, CONTEXT), (3, CONTEXT - 2), (1, 10**9)]
+)
 def test_positions_beyond_the_context_are_an_error(
     grouped: Lowered, length: int, start: int
 ) -> None:
