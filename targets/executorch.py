@@ -17,7 +17,7 @@ from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Recipe
 from . import client_files, executorch_backends, executorch_recipes
-from .base import DEFAULTS, Artifact, Availability, Options, Session
+from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
 from .executorch_model import DECODER, EMBEDDING, METHODS, PROGRAM, VISION, WEIGHTS, Backend
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ def backend_of(options: Options) -> Backend:
 
 def option_problems(options: Options) -> list[str]:
     """Backends that can't be had here, and what is other targets' choice."""
-    given = {"--layout": options.layout, "--deployment-target": options.deployment_target}
-    found = [
-        f"{name} {value}: target 'executorch' has no such choice"
-        for name, value in given.items()
-        if value
-    ]
+    found = foreign_options(options, "executorch", own=("backend", "external_weights"))
     if options.backend is not None:
         found += executorch_backends.problems(options.backend)
     if options.backend == Backend.COREML and options.external_weights:

@@ -16,8 +16,8 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from ..exporter.config import DecoderConfig
-from ..quantize.ops import AFFINE
-from .executorch_linear import affine_linear, share_rounding
+from ..quantize.ranges import QUANTIZED_LINEAR
+from .executorch_linear import quantized_linear, share_rounding
 from .executorch_retrace import Rewritten, retrace
 
 VISIBLE = 1e30
@@ -65,7 +65,7 @@ class _Decoder(nn.Module):
             program,
             {
                 "fastvlm.cached_attention.default": self.rows.attention,
-                "fastvlm.quantized_linear.default": _linear,
+                QUANTIZED_LINEAR: quantized_linear,
                 "aten.mean.dim": lambda x, *_: F.linear(x, self.mean),
                 "aten.slice.Tensor": self.rows.slice,
             },
@@ -106,20 +106,6 @@ def _filled(position: Tensor, context: int) -> int:
     torch._check(filled >= BLOCK)
     torch._check(filled <= context)
     return filled
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    activation_group: int,
-) -> Tensor:
-    if zero_point is not None or activation_group != AFFINE:
-        raise NotImplementedError(f"activations {activation_group}, zero points {zero_point}")
-    return affine_linear(x, weight, scale, bias, bits)
 
 
 class _Rows:

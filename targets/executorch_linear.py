@@ -17,6 +17,8 @@ from torch.fx import Node
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..quantize.ops import AFFINE
+
 GROUP = 32
 """XNNPACK's groups of 4-bit weights are multiples of this many values."""
 
@@ -49,6 +51,21 @@ def affine_linear(
         weight, scale, zero, *limits, torch.int8, group, torch.float32
     )
     return F.linear(x, values, bias)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activation_group: int,
+) -> Tensor:
+    """`fastvlm::quantized_linear`, whose activations are affine, as `affine_linear`."""
+    if zero_point is not None or activation_group != AFFINE:
+        raise NotImplementedError(f"activations {activation_group}, zero points {zero_point}")
+    return affine_linear(x, weight, scale, bias, bits)
 
 
 def share_rounding(program: ExportedProgram) -> None:

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from ..exporter.graphs import traced_inputs
 from ..exporter.model.fastvithd import EPS_OF_CHANNEL_NORM, LayerNormChannel
-from ..quantize.ops import AFFINE
+from ..quantize.ranges import QUANTIZED_LINEAR
 from .executorch_depthwise import split_depthwise
 from .executorch_edit import EditedGraph
-from .executorch_linear import affine_linear, share_rounding
+from .executorch_linear import quantized_linear, share_rounding
 from .executorch_retrace import Operators, retrace
 from .executorch_static import sign_integers
 
@@ -114,22 +114,8 @@ def _unbind(x: Tensor, axis: int = 0) -> tuple[Tensor, ...]:
     return tuple(x.narrow(axis, i, 1).reshape(shape) for i in range(x.shape[axis]))
 
 
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    activation_group: int,
-) -> Tensor:
-    if zero_point is not None or activation_group != AFFINE:
-        raise NotImplementedError(f"activations {activation_group}, zero points {zero_point}")
-    return affine_linear(x, weight, scale, bias, bits)
-
-
 _OPERATORS: Operators = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.unbind.int": _unbind,
-    "fastvlm.quantized_linear.default": _linear,
+    QUANTIZED_LINEAR: quantized_linear,
 }
