@@ -156,6 +156,7 @@ def test_targets_that_compute_alike_share_one_model_and_it_goes_before_the_next(
         "check_layers": lambda *_: None,
         "load_source": lambda source: checkpoint,
         "contract": lambda *_: SimpleNamespace(decoder=None, context=1),
+        "check_prompts": lambda *_: None,
         "reparameterize": lambda *_: SimpleNamespace(model=None, folds=(), difference=0, limit=1),
         "run_original": lambda *_: events.append("original") or "the original",
         "quantize": quantize,

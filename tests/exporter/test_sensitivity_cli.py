@@ -13,9 +13,7 @@ from fastvlm_export.quantize.recipes import EMBEDDING, HEAD
 from fastvlm_export.targets import coreml
 from fastvlm_export.validate.sensitivity import POSITIONS
 
-from .test_cli import Run, run
-
-__all__ = ["run"]  # a fixture
+from .commands import Run
 
 
 def test_without_a_budget_it_prints_the_layers_and_writes_nothing(

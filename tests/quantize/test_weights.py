@@ -423,7 +423,7 @@ def test_what_does_not_fit_a_layer_is_an_error_that_names_the_key() -> None:
     assert caught.value.message.split("\n") == [
         "embedding.method: gptq is not for embedding (rtn, hqq, palette)",
         "embedding.method: gptq has no calibration sequences to learn from",
-        "decoder.activations: static is not for decoder (float, dynamic)",
+        "decoder.activations: static is not for decoder (float, dynamic, affine)",
         "head.method: gptq has no calibration sequences to learn from",
     ]
 

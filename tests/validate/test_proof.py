@@ -56,7 +56,7 @@ def contract(**more):
         "image_tokens": 4,
         "eos_token_ids": (0,),
     }
-    return SimpleNamespace(**(values | more))
+    return SimpleNamespace(artifact={}, **(values | more))
 
 
 class Watched:
