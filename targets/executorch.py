@@ -18,7 +18,7 @@ from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Recipe
 from . import client_files, executorch_backends, executorch_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
-from .executorch_model import DECODER, EMBEDDING, METHODS, PROGRAM, VISION, WEIGHTS, Backend
+from .executorch_model import DECODER, EMBEDDING, PROGRAM, VISION, WEIGHTS, Backend
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -190,7 +190,6 @@ def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target 
 
 
 __all__ = [
-    "METHODS",
     "RUNTIME_PACKAGES",
     "adapt",
     "availability",

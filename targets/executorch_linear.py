@@ -18,9 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..quantize.ops import AFFINE
-
-GROUP = 32
-"""XNNPACK's groups of 4-bit weights are multiples of this many values."""
+from .executorch_recipes import GROUP
 
 INT8, INT4 = (-128, 127), (-8, 7)
 

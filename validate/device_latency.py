@@ -12,10 +12,11 @@ everywhere. What nobody measured is None, and `not_measured` says why.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from ..targets import TargetName
 from .latency import Backend, Part, Timing
 from .runner_stats import RunnerStats, RunStats
 
-NAME = "executorch"
+NAME = TargetName.EXECUTORCH.value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -26,6 +27,7 @@ from fastvlm_export.quantize.apply import needs_calibration, quantize
 from fastvlm_export.quantize.calibration import load as load_calibration
 from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import onnx, onnx_files
+from fastvlm_export.targets.base import Array
 
 from ..shared import once
 
@@ -119,6 +121,16 @@ def lively_model(
                 module.running_var.uniform_(0.5, 1.5)
         model.decoder.embed_tokens.weight.normal_(0, 1)
     return model
+
+
+def worst(ours: Array, reference: Array) -> float:
+    assert ours.shape == reference.shape
+    assert ours.dtype == np.float32
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def make_spec(model: FastVLM) -> ExportSpec:

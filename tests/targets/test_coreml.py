@@ -26,7 +26,7 @@ from fastvlm_export.targets.coreml_session import CoreMLSession
 from fastvlm_export.targets.eager import EagerSession, ProgramSession
 from fastvlm_export.validate.mil import open_model
 
-from .conftest import CONTEXT, byte_tokenizer, lively_model, make_spec
+from .conftest import CONTEXT, byte_tokenizer, lively_model, make_spec, normal, worst
 
 with quiet_import():
     from coremltools.models import MLModel
@@ -86,16 +86,6 @@ def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 ONLY_FP16 = pytest.mark.parametrize("packages", ["fp16"], indirect=True)
 ONLY_FP32 = pytest.mark.parametrize("packages", ["fp32"], indirect=True)
-
-
-def worst(ours: Array, reference: Array) -> float:
-    assert ours.shape == reference.shape
-    assert ours.dtype == np.float32
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def test_without_rounding_every_recipe_computes_what_its_program_does(packages: Packages) -> None:

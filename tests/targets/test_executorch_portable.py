@@ -14,21 +14,16 @@ from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.quantize.apply import quantize
 from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import executorch, executorch_pack
-from fastvlm_export.targets.base import Array, Options
+from fastvlm_export.targets.base import Options
 from fastvlm_export.targets.eager import ProgramSession
 from fastvlm_export.targets.executorch_file import read
 from fastvlm_export.targets.executorch_model import DECODER, METHODS, PROGRAM, WEIGHTS
 from fastvlm_export.targets.executorch_session import ExecuTorchSession
 from fastvlm_export.validate.delegation import delegation
 
-from .conftest import RESOLUTION, byte_tokenizer, lively_model, make_spec
+from .conftest import RESOLUTION, byte_tokenizer, lively_model, make_spec, worst
 
 SMALLEST = 256  # bytes: vectors of weights go apart, too, and caches would
-
-
-def worst(ours: Array, reference: Array) -> float:
-    assert ours.shape == reference.shape
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
 
 def test_a_tokenizer_larger_than_the_logits_is_refused() -> None:

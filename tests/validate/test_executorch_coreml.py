@@ -17,7 +17,6 @@ from fastvlm_export.quantize.apply import quantize
 from fastvlm_export.quantize.quiet import quiet_import
 from fastvlm_export.quantize.recipes import RECIPES, Precision, Recipe
 from fastvlm_export.targets import coreml_recipes, executorch_coreml, executorch_file
-from fastvlm_export.targets.base import Array
 from fastvlm_export.targets.coreml_model import MAIN
 from fastvlm_export.targets.eager import ProgramSession
 from fastvlm_export.targets.executorch_coreml_payload import BACKEND
@@ -25,7 +24,7 @@ from fastvlm_export.targets.executorch_model import DECODER, EMBEDDING, METHODS,
 from fastvlm_export.validate.executorch_coreml import CoreMLDelegateSession, CoreMLPackages, compare
 from fastvlm_export.validate.mil import open_model
 
-from ..targets.conftest import CONTEXT, RESOLUTION, lively_model, make_spec
+from ..targets.conftest import CONTEXT, RESOLUTION, lively_model, make_spec, normal, worst
 
 with quiet_import():
     from executorch.exir import to_edge
@@ -75,16 +74,6 @@ def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 FP32 = pytest.mark.parametrize("lowered", ["fp32"], indirect=True)
-
-
-def worst(ours: Array, reference: Array) -> float:
-    assert ours.shape == reference.shape
-    assert ours.dtype == np.float32
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def test_every_method_computes_what_its_program_does(lowered: Lowered) -> None:
