@@ -74,16 +74,20 @@ class Options:
     """What a user may choose about a target's files besides the recipe. None: its default.
 
     `layout` is the client that the folder is for, `deployment_target` the oldest system, `backend`
-    what computes inside of the runtime; `external_weights`: large weights in a file of their own.
+    what computes inside of the runtime; `external_weights`: large weights in a file of their own;
+    `compute_capabilities`: the GPUs that engines are built for, such as "89".
     """
 
     layout: str | None = None
     deployment_target: str | None = None
     backend: str | None = None
     external_weights: bool | None = None
+    compute_capabilities: tuple[str, ...] | None = None
 
 
 DEFAULTS = Options()
+FLAGS = {"compute_capabilities": "--compute-capability"}
+"""Fields of `Options` that the command line calls otherwise: there it is one list."""
 
 
 def foreign_options(options: Options, target: str, own: Collection[str] = ()) -> list[str]:
@@ -94,14 +98,21 @@ def foreign_options(options: Options, target: str, own: Collection[str] = ()) ->
         if (value := getattr(options, field.name)) is not None and field.name not in own
     }
     return [
-        f"{flag(name)}{'' if value is True else f' {value}'}: target '{target}' has no such choice"
+        f"{flag(name)}{_argument(value)}: target '{target}' has no such choice"
         for name, value in given.items()
     ]
 
 
 def flag(name: str) -> str:
     """A field of `Options` as the command line calls it."""
-    return f"--{name.replace('_', '-')}"
+    return FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _argument(value: object) -> str:
+    """What stands behind a flag on the command line."""
+    if value is True:
+        return ""
+    return f" {','.join(value) if isinstance(value, tuple) else value}"
 
 
 class Target(Protocol):
