@@ -11,7 +11,10 @@ from pathlib import Path
 
 import psutil
 
+from ..exporter.memory import peak_memory
 from ..targets.base import available_cores
+
+__all__ = ["Machine", "describe", "instructions", "peak_memory", "reset_peak_memory"]
 
 PACKAGES = (
     "torch",
@@ -20,6 +23,8 @@ PACKAGES = (
     "onnxscript",
     "coremltools",
     "executorch",
+    "tensorrt-rtx-cu13",
+    "tensorrt",
     "numpy",
     "pillow",
     "tokenizers",
@@ -66,25 +71,6 @@ def instructions() -> str:
     import torch  # noqa: PLC0415 - only what quantizes needs it
 
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes.
-
-    Linux carries `ru_maxrss` over from the process that started this one, so a small child of a
-    large parent would report the parent's; VmHWM is this program's own.
-    """
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # noqa: PLC0415 - not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def reset_peak_memory() -> bool:

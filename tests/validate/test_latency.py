@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models
 
-from fastvlm_export.exporter import checkpoint, prompt
+from fastvlm_export.exporter import checkpoint, memory, prompt
 from fastvlm_export.exporter.bundle import SCHEMA, Manifest, Source
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy, preprocess
@@ -373,6 +373,7 @@ class NoProc:
 @pytest.fixture
 def a_mac(monkeypatch):
     monkeypatch.setattr(machine, "Path", NoProc)
+    monkeypatch.setattr(memory, "Path", NoProc)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
