@@ -3,7 +3,7 @@
 name = "mine"              # default: the file's name without .toml
 base = "int4"              # a built-in recipe to start from; default: float32 everywhere
 float = "fp32"             # or "fp16": the format of all that is no integer
-observer = "percentile"    # or "minmax", "histogram": for static activations
+observer = "percentile"    # or "minmax", "histogram": for static and symmetric activations
 percentile = 99.999        # in percent, for that observer
 range_limit = 32752.0      # under "fp16": operators above it stay in float32
 
@@ -13,7 +13,8 @@ group_size = 32            # weights that share a scale; "channel": all of an ou
 symmetric = true
 method = "gptq"            # or "rtn", "hqq"; "palette": see below
 activations = "dynamic"    # or "affine", "float"; in tower and projector "static", "affine" (linear
-                           # layers; convolutions are static) or "float"
+                           # layers; convolutions are static), "symmetric" (static, but without a
+                           # zero point) or "float"
 activation_bits = 8
 scale_format = "float"     # or "bf16", not in tower and projector: what scales are rounded to
 
@@ -241,7 +242,10 @@ def _limits(table: Table, recipe: Recipe) -> LossLimits | None:
 def _check_use(top: Table, recipe: Recipe) -> None:
     """A key that counts for nothing is a mistake somewhere."""
     if "observer" in top and not recipe.ranged:
-        top.complain("observer", 'counts for "static" activations only, and no layer has them')
+        top.complain(
+            "observer",
+            'counts for "static" and "symmetric" activations only, and no layer has them',
+        )
     elif "percentile" in top and recipe.observer is not Observer.PERCENTILE:
         top.complain("percentile", f'needs observer = "percentile", not {shown(recipe.observer)}')
     if "range_limit" in top and recipe.float_format is not Float.FP16:

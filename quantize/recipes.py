@@ -3,13 +3,53 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from ..exporter.errors import ExportError
+from .precisions import (
+    ACTIVATIONS,
+    FIXED,
+    METHODS,
+    PALETTE_BITS,
+    SCALE_FORMATS,
+    Activations,
+    Float,
+    Method,
+    Observer,
+    Part,
+    Precision,
+    ScaleFormat,
+)
 from .toml_file import meant
+
+__all__ = [
+    "ACTIVATIONS",
+    "EMBEDDING",
+    "FIXED",
+    "HEAD",
+    "METHODS",
+    "PALETTE_BITS",
+    "RECIPES",
+    "SCALE_FORMATS",
+    "Activations",
+    "Float",
+    "LayerRule",
+    "LossLimits",
+    "Method",
+    "Observer",
+    "Part",
+    "Precision",
+    "Recipe",
+    "ScaleFormat",
+    "Setting",
+    "get",
+    "part_of",
+    "parts_of",
+    "recorded",
+    "rule_key",
+]
 
 HEAD = "decoder.lm_head"
 """The head's layer name, also where its weights are the embedding table's."""
@@ -19,118 +59,6 @@ EMBEDDING = "decoder.embed_tokens"
 T = TypeVar("T")
 
 _WILDCARD = re.compile(r"[*?\[]")
-
-
-class Float(StrEnum):
-    """The float format of everything that is not an integer."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-
-
-class Part(StrEnum):
-    """The kinds of layers that a recipe speaks about."""
-
-    VISION = "vision"
-    EMBEDDING = "embedding"
-    DECODER = "decoder"
-    HEAD = "head"
-
-
-class Method(StrEnum):
-    """How integers are chosen for float weights: three for integer times scale, one for tables.
-
-    `palette`: k-means finds the values of a lookup table, and each weight is an index into it.
-    """
-
-    RTN = "rtn"
-    HQQ = "hqq"
-    GPTQ = "gptq"
-    PALETTE = "palette"
-
-
-class Activations(StrEnum):
-    """What enters a quantized layer's product."""
-
-    FLOAT = "float"
-    STATIC = "static"
-    DYNAMIC = "dynamic"
-    AFFINE = "affine"
-
-
-class ScaleFormat(StrEnum):
-    """What the scales of integer weights are rounded to before the integers are chosen.
-
-    `float`: the recipe's own format, behind the integers. A runtime that stores scales in `bf16`
-    would round them, too, but for integers that were chosen for others.
-    """
-
-    FLOAT = "float"
-    BF16 = "bf16"
-
-
-METHODS = {
-    Part.VISION: (Method.RTN, Method.PALETTE),
-    Part.EMBEDDING: (Method.RTN, Method.HQQ, Method.PALETTE),
-    Part.DECODER: tuple(Method),
-    Part.HEAD: tuple(Method),
-}
-"""How integers can be chosen for each part: a table has no products for GPTQ to look at."""
-
-PALETTE_BITS = (1, 2, 3, 4, 6, 8)
-"""Sizes of an index into a lookup table, as Core ML stores them."""
-
-ACTIVATIONS = {
-    Part.VISION: (Activations.FLOAT, Activations.STATIC, Activations.AFFINE),
-    Part.EMBEDDING: (Activations.FLOAT,),
-    Part.DECODER: (Activations.FLOAT, Activations.DYNAMIC, Activations.AFFINE),
-    Part.HEAD: (Activations.FLOAT, Activations.DYNAMIC, Activations.AFFINE),
-}
-"""The tower sees images like those of the calibration; a decoder's tokens differ too much."""
-
-SCALE_FORMATS = {
-    part: (ScaleFormat.FLOAT,) if part is Part.VISION else tuple(ScaleFormat) for part in Part
-}
-"""Convolutions have no groups, and their biases' scales are products with the weights'."""
-
-
-class Observer(StrEnum):
-    """How a static activation's range is taken from the calibration images."""
-
-    MINMAX = "minmax"
-    PERCENTILE = "percentile"
-    HISTOGRAM = "histogram"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """How the weights of a layer are stored, and what enters its product.
-
-    `bits` None leaves the layer in the recipe's float format, and nothing else here counts.
-    `group_size` consecutive weights along the input axis share one scale; None: all of an output
-    channel. Symmetric weights are integer * scale, others (integer - zero point) * scale.
-    `static` activations are unsigned, one scale and zero point per tensor, from calibration;
-    `dynamic` ones symmetric, rounded at run time with one scale per token and weight group;
-    `affine` ones have one scale and zero point per token (`ops.round_affine`). A convolution knows
-    no tokens: where a vision layer of `affine` activations is one, they are `static`.
-
-    Under `palette` a weight is an index of `bits` bits into a table of 2^bits floats, which
-    `group_size` consecutive output channels share; None: all of the layer. Activations are `float`,
-    and `symmetric` and `scale_format` say nothing: they stay as they are here.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool = True
-    method: Method = Method.RTN
-    activations: Activations = Activations.FLOAT
-    activation_bits: int = 8
-    scale_format: ScaleFormat = ScaleFormat.FLOAT
-
-    @property
-    def palettized(self) -> bool:
-        """Whether weights are indices into lookup tables."""
-        return self.bits is not None and self.method is Method.PALETTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +99,10 @@ class Recipe:
 
     name: str
     float_format: Float = Float.FP32
-    vision: Precision = Precision()
-    embedding: Precision = Precision()
-    decoder: Precision = Precision()
-    head: Precision = Precision()
+    vision: Precision = field(default_factory=Precision)
+    embedding: Precision = field(default_factory=Precision)
+    decoder: Precision = field(default_factory=Precision)
+    head: Precision = field(default_factory=Precision)
     layers: tuple[LayerRule, ...] = ()
     observer: Observer = Observer.MINMAX
     percentile: float = 99.999
@@ -220,7 +148,7 @@ class Recipe:
         return any(
             precision.bits
             and (
-                precision.activations is Activations.STATIC
+                precision.activations in FIXED
                 or (precision.activations is Activations.AFFINE and Part.VISION in parts)
             )
             for _, parts, precision in self.settings

@@ -20,12 +20,13 @@ from ..exporter import graphs
 from ..exporter.model.decoder import Decoder
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
-from .activations import CONV, DEQUANTIZE, LINEAR, QUANTIZED, quantize_vision
+from .activations import DEQUANTIZE, QUANTIZED, quantize_vision
 from .apply import decoder_inputs, same_weights
 from .ops import to_integers
 from .palettes import palettize, without
 from .recipes import EMBEDDING, HEAD, Method, Part, Recipe, part_of
 from .rounding import Integers
+from .vision_layers import CONV, LINEAR
 from .weights import (
     QuantizedEmbedding,
     QuantizedLinear,

@@ -21,6 +21,14 @@ BITS = (4, 8)
 """Integers that `constexpr_blockwise_shift_scale` takes (iOS 18)."""
 
 _ROUNDED_AT_RUN_TIME = (Activations.DYNAMIC, Activations.AFFINE)
+_ACTIVATIONS = {
+    part: tuple(
+        found
+        for found in taken
+        if found not in _ROUNDED_AT_RUN_TIME and found is not Activations.SYMMETRIC
+    )
+    for part, taken in ACTIVATIONS.items()
+}
 _GROUPED = (Part.DECODER, Part.HEAD)
 
 
@@ -77,11 +85,11 @@ def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
         yield _line(f"{key}.group_size", precision.group_size, can)
     if part not in _GROUPED and not precision.symmetric:
         yield _line(f"{key}.symmetric", False, f"symmetric weights for the {part}")
-    can = " or ".join(shown(a) for a in ACTIVATIONS[part] if a not in _ROUNDED_AT_RUN_TIME)
+    can = " or ".join(shown(a) for a in _ACTIVATIONS[part])
     if precision.activations in _ROUNDED_AT_RUN_TIME:
         can = f"{can}: it rounds no activations at run time"
         yield _line(f"{key}.activations", precision.activations, can)
-    elif precision.activations not in ACTIVATIONS[part]:
+    elif precision.activations not in _ACTIVATIONS[part]:
         yield _line(f"{key}.activations", precision.activations, f"{can} for the {part}")
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")

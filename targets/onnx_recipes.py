@@ -23,7 +23,9 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What MatMulNBits takes as `block_size`."""
 
 _ACTIVATIONS = {
-    part: tuple(found for found in taken if found is not Activations.AFFINE)
+    part: tuple(
+        found for found in taken if found not in (Activations.AFFINE, Activations.SYMMETRIC)
+    )
     for part, taken in ACTIVATIONS.items()
 }
 _LINEAR = (Part.DECODER, Part.HEAD)

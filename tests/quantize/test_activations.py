@@ -18,14 +18,11 @@ from fastvlm_export.exporter.model.fastvithd import SqueezeExcite
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.quantize import calibration, recipes
-from fastvlm_export.quantize.activations import (
-    LARGEST_BIAS,
-    LARGEST_FLOAT_BIAS,
-    _PercentileObserver,
-    quantize_vision,
-)
+from fastvlm_export.quantize.activations import quantize_vision
+from fastvlm_export.quantize.observers import PercentileObserver
 from fastvlm_export.quantize.ops import AFFINE
 from fastvlm_export.quantize.recipes import Activations, LayerRule, Method, Observer, Precision
+from fastvlm_export.quantize.vision_layers import LARGEST_BIAS, LARGEST_FLOAT_BIAS
 
 from ..conftest import tiny_model
 
@@ -337,7 +334,7 @@ def test_a_tensor_between_two_convolutions_is_rounded_once() -> None:
 
 def test_percentiles_agree_with_numpy() -> None:
     torch.manual_seed(0)
-    observer = _PercentileObserver(99.9, dtype=torch.uint8, quant_min=0, quant_max=255)
+    observer = PercentileObserver(99.9, dtype=torch.uint8, quant_min=0, quant_max=255)
     parts = [torch.randn(50_000) * size for size in (1.0, 1.5, 0.5)]
     parts[1][:20] = 40.0  # outliers, 0.013 %
     for part in parts:

@@ -282,7 +282,7 @@ ONE_PROBLEM = [
     ("[decoder]\nbits = 8\nactivation_bits = 8", "decoder.activation_bits needs decoder.activ"),
     ("[decoder]\nbits = 8\nkeep = true", "decoder.bits and decoder.keep = true contradict"),
     ("[decoder]\nkeep = 1", "decoder.keep is 1, not true or false"),
-    ("observer = 'histogram'", 'observer counts for "static" activations only'),
+    ("observer = 'histogram'", 'observer counts for "static" and "symmetric" activations only'),
     ("base = 'int8'\npercentile = 99", 'percentile needs observer = "percentile", not "minmax"'),
     ("base = 'int8'\nrange_limit = 99", 'range_limit needs float = "fp16", not "fp32"'),
     # lookup tables
@@ -325,7 +325,7 @@ ONE_PROBLEM = [
     ("[[layers]]\npattern = 'projector*'\nbits = 5", 'layers["projector*"].bits is 5, not 4 or 8'),
     (
         "[[layers]]\npattern = 'projector*'\nbits = 8\nactivations = 'dynamic'",
-        'layers["projector*"].activations is "dynamic", not "float" or "static" or "affine" (all',
+        'layers["projector*"].activations is "dynamic", not "float" or "static" or "symmetric" or ',
     ),
     (
         2 * "[[layers]]\npattern = 'projector*'\nbits = 8\n",

@@ -38,6 +38,10 @@ MIXED = Recipe(
         LayerRule(pattern="vision_tower.network.4.*", precision=Precision(bits=8)),
         LayerRule(pattern="vision_tower.network.0.*", precision=Precision()),
         LayerRule(
+            pattern="vision_tower.network.2.*",
+            precision=Precision(bits=8, activations=Activations.SYMMETRIC),
+        ),
+        LayerRule(
             pattern="decoder.layers.1.*",
             precision=Precision(bits=8, method=Method.HQQ, activations=Activations.DYNAMIC),
         ),
