@@ -75,26 +75,35 @@ def _user_shapes(program: ExportedProgram) -> tuple[Sequence[int], Sequence[int]
 
 def to_onnx(program: ExportedProgram, names: Interface) -> ir.Model:
     """Translate, rewrite and tidy. The model's weights stay the program's own memory."""
+    translations = {
+        **_TRANSLATIONS,
+        **onnx_attention.TRANSLATIONS,
+        **onnx_quantized.TRANSLATIONS,
+    }
+    model = translate(program, translations, OPSET)
+    onnx_quantized.pack(model)
+    rewrite(model)
+    set_interface(model, names)
+    return tidy(model)
+
+
+def translate(
+    program: ExportedProgram, translations: Mapping[Callable[..., Any], Any], opset: int
+) -> ir.Model:
+    """The program in ONNX's operators, as torch.onnx and the translations write them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table={
-                **_TRANSLATIONS,
-                **onnx_attention.TRANSLATIONS,
-                **onnx_quantized.TRANSLATIONS,
-            },
+            opset_version=opset,
+            custom_translation_table=dict(translations),
             verbose=False,
         )
     if exported is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model: ir.Model = exported.model
-    onnx_quantized.pack(model)
-    rewrite(model)
-    _set_interface(model, names)
-    return _tidy(model)
+    return model
 
 
 def _attention(
@@ -129,7 +138,8 @@ _TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def _set_interface(model: ir.Model, names: Interface) -> None:
+def set_interface(model: ir.Model, names: Interface) -> None:
+    """Give the graph's inputs and outputs their names and shapes."""
     for values, declared in (
         (model.graph.inputs, names.inputs),
         (model.graph.outputs, names.outputs),
@@ -141,8 +151,17 @@ def _set_interface(model: ir.Model, names: Interface) -> None:
             value.shape = ir.Shape(dims)
 
 
-def _tidy(model: ir.Model) -> ir.Model:
-    """Merge equal nodes and constants, drop what nobody reads, keep no trace of this machine."""
+def _numbered(nodes: Sequence[ir.Node]) -> list[str]:
+    return [f"{node.op_type}_{index}" for index, node in enumerate(nodes)]
+
+
+def tidy(
+    model: ir.Model, name: Callable[[Sequence[ir.Node]], Sequence[str]] = _numbered
+) -> ir.Model:
+    """Merge equal nodes and constants, drop what nobody reads, keep no trace of this machine.
+
+    `name` gives all nodes their names; it is the last that sees what torch.onnx says of them.
+    """
     Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -150,16 +169,18 @@ def _tidy(model: ir.Model) -> ir.Model:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
-        common.ClearMetadataAndDocStringPass(),
         common.TopologicalSortPass(),
     )(model)
+    nodes = list(model.graph)
+    for node, called in zip(nodes, name(nodes), strict=True):
+        node.name = called
+    common.ClearMetadataAndDocStringPass()(model)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "fastvlm-export", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     interface_values = {*model.graph.inputs, *model.graph.outputs}
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
+    for node in model.graph:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()

@@ -4,6 +4,7 @@ Each rule names what it matches and what it becomes. Both sides are the same fun
 numbers; tests/targets/test_onnx_rewrites.py holds the rounding against a limit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,54 @@ from .onnx_static import STATIC_LINEAR, WEIGHT_ONLY_LINEAR
 
 def rewrite(model: ir.Model) -> None:
     """Apply every rule in place."""
-    rewriter.rewrite(
-        model, pattern_rewrite_rules=[_CHANNEL_NORM, _RMS_NORM, _HALF_RMS_NORM, STATIC_LINEAR]
-    )
+    fuse_norms(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=[STATIC_LINEAR])
     rewriter.rewrite(model, pattern_rewrite_rules=[_SKIP_RMS_NORM, WEIGHT_ONLY_LINEAR])
     fold_transposed_weights(model)
+
+
+def fuse_norms(model: ir.Model, *, halves: bool = False) -> None:
+    """Apply the rules that leave standard operators, in place.
+
+    `halves`: float16's norm over channels, too, becomes the operator, whose statistics are
+    float32 inside, so that nothing overflows there. ONNX Runtime computes the safe form faster.
+    """
+    if halves:
+        rewriter.rewrite(model, pattern_rewrite_rules=[_NARROW_ABS, _NARROW_MAX])
+        rewriter.rewrite(model, pattern_rewrite_rules=[_HALF_CHANNEL_NORM])
+    rewriter.rewrite(model, pattern_rewrite_rules=[_CHANNEL_NORM, _RMS_NORM, _HALF_RMS_NORM])
 
 
 def _scalar(value: ir.Value | None) -> float | None:
     constant = None if value is None else ir.convenience.get_const_tensor(value)
     return None if constant is None or constant.size != 1 else float(constant.numpy().item())
+
+
+def _wide_abs(op: Any, x: Any) -> Any:
+    return op.Cast(op.Abs(op.Cast(x, to=ir.DataType.FLOAT)), _outputs=["out"])
+
+
+def _narrow_abs(op: Any, x: Any, **_: Any) -> Any:
+    return op.Abs(x)
+
+
+def _wide_max(op: Any, x: Any, axes: Any) -> Any:
+    wide = op.Cast(x, to=ir.DataType.FLOAT)
+    return op.Cast(op.ReduceMax(wide, axes, keepdims=1), _outputs=["out"])
+
+
+def _narrow_max(op: Any, x: Any, axes: Any, **_: Any) -> Any:
+    return op.ReduceMax(x, axes, keepdims=1)
+
+
+def _comes_back(_: Any, x: ir.Value, out: ir.Value, **__: Any) -> bool:
+    cast = out.producer()
+    return cast is not None and cast.attributes.get_int("to", 0) == x.dtype
+
+
+_NARROW_ABS = patterns.RewriteRule(_wide_abs, _narrow_abs, _comes_back, name="NarrowAbs")
+_NARROW_MAX = patterns.RewriteRule(_wide_max, _narrow_max, _comes_back, name="NarrowMax")
+"""Two operators that torch.onnx puts between casts to float32 and back, which change no number."""
 
 
 def _rms_norm(op: Any, x: Any, epsilon: Any, weight: Any) -> Any:
@@ -87,10 +126,36 @@ _SKIP_RMS_NORM = patterns.RewriteRule(_skip_rms_norm, _fused_skip_rms_norm, name
 def _channel_norm(
     op: Any, x: Any, shape: Any, one: Any, least: Any, epsilon: Any, weight: Any, bias: Any
 ) -> Any:
-    peak = op.Clip(op.ReduceMax(op.Abs(x), [1], keepdims=1), one)
+    def at_least(value: Any, bound: Any) -> Any:
+        return op.Clip(value, bound)
+
+    return _safe_norm(op, at_least, x, shape, one, least, epsilon, weight, bias)
+
+
+def _half_channel_norm(
+    op: Any, x: Any, shape: Any, one: Any, least: Any, epsilon: Any, weight: Any, bias: Any
+) -> Any:
+    def at_least(value: Any, bound: Any) -> Any:
+        return op.Max(value, bound)
+
+    return _safe_norm(op, at_least, x, shape, one, least, epsilon, weight, bias)
+
+
+def _safe_norm(
+    op: Any,
+    at_least: Callable[[Any, Any], Any],
+    x: Any,
+    shape: Any,
+    one: Any,
+    least: Any,
+    epsilon: Any,
+    weight: Any,
+    bias: Any,
+) -> Any:
+    peak = at_least(op.ReduceMax(op.Abs(x), [1], keepdims=1), one)
     scaled = op.Div(x, peak)
     centred = op.Sub(scaled, op.ReduceMean(scaled, [1], keepdims=1))
-    spread = op.Clip(op.ReduceMax(op.Abs(centred), [1], keepdims=1), least)
+    spread = at_least(op.ReduceMax(op.Abs(centred), [1], keepdims=1), least)
     unit = op.Div(centred, spread)
     size = op.Mul(peak, spread)
     variance = op.ReduceMean(op.Mul(unit, unit), [1], keepdims=1)
@@ -110,14 +175,18 @@ def _fused_channel_norm(
         for part, value in (("scale", weight), ("shift", bias))
         if value.const_value is not None
     ]
-    return op.LayerNormalization(tokens, *flat, axis=-1, epsilon=_scalar(epsilon))
+    return op.LayerNormalization(tokens, *flat, axis=-1, epsilon=_scalar(epsilon), stash_type=1)
 
 
-def _is_float32_norm(
+def _is_norm(
     _: Any, x: ir.Value, epsilon: ir.Value, weight: ir.Value, bias: ir.Value, **__: Any
 ) -> bool:
     constant = weight.const_value is not None and bias.const_value is not None
-    return x.dtype == ir.DataType.FLOAT and _scalar(epsilon) is not None and constant
+    return x.dtype == weight.dtype and _scalar(epsilon) is not None and constant
+
+
+def _is_float32_norm(context: Any, x: ir.Value, **found: Any) -> bool:
+    return x.dtype == ir.DataType.FLOAT and _is_norm(context, x, **found)
 
 
 _CHANNEL_NORM = patterns.RewriteRule(
@@ -127,6 +196,11 @@ _CHANNEL_NORM = patterns.RewriteRule(
 
 Only in float32, where squares can't overflow; the safe form takes a dozen passes over the map.
 """
+
+_HALF_CHANNEL_NORM = patterns.RewriteRule(
+    _half_channel_norm, _fused_channel_norm, _is_norm, name="HalfChannelNorm"
+)
+"""The same of types that torch.onnx writes a lower bound of as a maximum."""
 
 
 def fold_transposed_weights(model: ir.Model) -> None:

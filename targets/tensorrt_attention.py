@@ -1,0 +1,143 @@
+"""Attention in operators that TensorRT fuses: TensorScatter, RotaryEmbedding and Attention.
+
+The cache is static, [1,KV,C,d] of the whole context, and TensorScatter writes the new positions
+into it: where input and output are one buffer, TensorRT does that in place (its KV cache update).
+attention_mask has ones for all valid positions, the new ones among them, and perhaps zeros behind
+them, so that its length A may stay the same over many steps. Of its sum and the new tokens' number
+follows where they go, and A says how much of the cache is looked at.
+
+TensorRT fuses Attention in float16 and bfloat16, of heads of 16, 24, 32, ... numbers. Elsewhere it
+does not build, so there the products and the softmax are written out, in float32.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript.values import Opset
+
+from ..exporter.model.attention_op import cached_attention
+
+OPSET = 24  # the first with TensorScatter
+HEAD_STEP, SMALLEST_HEAD = 8, 16
+"""Head dimensions that the fused kernels take are multiples of one and at least the other."""
+
+HIDDEN = -3.0e38
+"""A score that no softmax gives a share: beyond any real one, and finite, as -inf - -inf is NaN."""
+
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+op: Any = Opset("", OPSET)
+
+
+def is_fused(dtype: ir.DataType | None, head_dim: int) -> bool:
+    """Whether TensorRT has a kernel for attention of that type and head dimension."""
+    return dtype in _HALVES and head_dim % HEAD_STEP == 0 and head_dim >= SMALLEST_HEAD
+
+
+def _cached(
+    query: Any,
+    key: Any,
+    value: Any,
+    past_key: Any,
+    past_value: Any,
+    attention_mask: Any,
+    cos: Any,
+    sin: Any,
+    heads: int,
+    kv_heads: int,
+) -> Any:
+    """See `cached_attention`. What no layer decides is written per layer and merged later."""
+    head_dim = int(past_key.shape[3])
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    new = op.Shape(query, start=1, end=2)
+    valid = op.ReduceSum(attention_mask, op.Constant(value_ints=[1]), keepdims=0)
+    past = op.Sub(valid, new)
+    positions = op.Add(op.Range(zero, op.Squeeze(new), one), past)
+    attended = op.Shape(attention_mask, start=1, end=2)
+    keys = op.Range(zero, op.Squeeze(attended), one)
+    visible = op.LessOrEqual(keys, op.Unsqueeze(positions, op.Constant(value_ints=[1])))  # [S,A]
+    rows = op.Unsqueeze(positions, op.Constant(value_ints=[0]))
+
+    def split(x: Any, count: int) -> Any:
+        shape = op.Constant(value_ints=[0, 0, count, head_dim])
+        return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
+
+    def written(old: Any, update: Any) -> tuple[Any, Any]:
+        """The cache with the new positions in it, and the part that is looked at."""
+        present = op.TensorScatter(old, update, past, axis=2)
+        start, axis = op.Constant(value_ints=[0]), op.Constant(value_ints=[2])
+        return present, op.Slice(present, start, attended, axis)
+
+    rotated = op.RotaryEmbedding(split(query, heads), cos, sin, rows)
+    key = op.RotaryEmbedding(split(key, kv_heads), cos, sin, rows)
+    present_key, keys_seen = written(past_key, key)
+    present_value, values_seen = written(past_value, split(value, kv_heads))
+    if is_fused(query.dtype, head_dim):
+        mixed, *_ = op.Attention(rotated, keys_seen, values_seen, visible)
+    else:
+        mixed = _grouped(rotated, keys_seen, values_seen, visible, (heads, kv_heads, head_dim))
+    together = op.Constant(value_ints=[0, 0, heads * head_dim])
+    out = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), together)
+    return out, present_key, present_value
+
+
+def _grouped(query: Any, key: Any, value: Any, visible: Any, sizes: tuple[int, int, int]) -> Any:
+    """softmax(query key' / sqrt(d)) value, query [1,H,S,d], the others [1,KV,A,d] -> [1,H,S,d].
+
+    Heads that share a key are rows of one matrix product with it, so that no key is repeated.
+    """
+    heads, kv_heads, head_dim = sizes
+    dtype = query.dtype
+    apart = op.Constant(value_ints=[1, kv_heads, heads // kv_heads, -1, head_dim])
+    axis = op.Constant(value_ints=[2])
+    grouped = op.Reshape(_wide(query), apart)
+    scores = op.MatMul(
+        op.Mul(grouped, op.Constant(value_float=head_dim**-0.5)),
+        op.Unsqueeze(op.Transpose(_wide(key), perm=[0, 1, 3, 2]), axis),
+    )
+    seen = op.Where(visible, scores, op.Constant(value_float=HIDDEN))
+    mixed = op.MatMul(op.Softmax(seen, axis=-1), op.Unsqueeze(_wide(value), axis))
+    together = op.Constant(value_ints=[1, heads, -1, head_dim])
+    return _narrowed(op.Reshape(mixed, together), dtype)
+
+
+def _plain(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(query key' / sqrt(d)) value, for the tower: no mask, one head per key."""
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa or scale is not None:
+        raise NotImplementedError("only plain attention is translated; see cached_attention")
+    head_dim = int(query.shape[-1])
+    if is_fused(query.dtype, head_dim):
+        mixed, *_ = op.Attention(query, key, value)
+        return mixed
+    scores = op.MatMul(
+        op.Mul(_wide(query), op.Constant(value_float=head_dim**-0.5)),
+        op.Transpose(_wide(key), perm=[0, 1, 3, 2]),
+    )
+    return _narrowed(op.MatMul(op.Softmax(scores, axis=-1), _wide(value)), query.dtype)
+
+
+def _wide(x: Any) -> Any:
+    return op.Cast(x, to=ir.DataType.FLOAT) if x.dtype in _HALVES else x
+
+
+def _narrowed(x: Any, dtype: ir.DataType | None) -> Any:
+    return op.Cast(x, to=dtype) if dtype in _HALVES else x
+
+
+TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.fastvlm.cached_attention.default: _cached,
+    torch.ops.aten.scaled_dot_product_attention.default: _plain,
+}
+"""Operator -> function that writes its ONNX nodes, for `torch.onnx.export`."""
+
+assert cached_attention is not None  # noqa: S101 - importing it registers the operator
