@@ -27,6 +27,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s --timeout 3600
 
+# On a machine with an NVIDIA GPU: engines loaded, run, timed and held against PyTorch.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu -n 0 -s --timeout 3600 tests/gpu
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,4 +38,4 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(PYTEST)
 
-.PHONY: install demo test test-slow check
+.PHONY: install demo test test-slow test-gpu check

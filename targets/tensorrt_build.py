@@ -139,12 +139,20 @@ def _answer(
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.close()
     for line in process.stdout:
-        with contextlib.suppress(ValueError):  # what a library prints itself
-            message = json.loads(line)
-            if isinstance(message, dict) and "at" not in message:
-                return message
-            say(message["at"])
+        message = _message(line)
+        if "at" not in message and message:
+            return message
+        say(str(message.get("at", "")))
     return {}
+
+
+def _message(line: str) -> dict[str, Any]:
+    """A line of the process; nothing where it is not the process's own but a library's."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _died(code: int, stderr: IO[bytes], graph: str) -> ExportError:

@@ -15,7 +15,8 @@ from typing import Any
 import onnx
 
 from ..exporter.errors import ExportError
-from .tensorrt_plan import GraphPlan, Profile, Range, parse_tensor
+from .tensorrt_log import Log, type_name
+from .tensorrt_plan import GraphPlan, Profile, Range
 from .tensorrt_record import Network
 
 SMALL = 1024
@@ -24,20 +25,6 @@ SMALL = 1024
 ORIGIN = "[ONNX Layer: "
 HALVES = ("float16", "bfloat16")
 FLOATS = ("float32", *HALVES)
-TYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FP8": "float8_e4m3fn",
-    "INT4": "int4",
-    "INT8": "int8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
-"""TensorRT's element types -> the graphs' names for them."""
-
 NO_ARITHMETIC = ("CONSTANT", "CAST", "SHAPE")
 """Types of layers that hold, convert or measure floats and compute nothing with them."""
 
@@ -47,33 +34,6 @@ BITS = {
     onnx.TensorProto.FLOAT4E2M1: 4,
 }
 """ONNX types that are less than a byte."""
-
-
-class Log:
-    """TensorRT's messages: errors are kept, the rest is dropped. `made` is what TensorRT takes."""
-
-    NOISE = ("Thread context has not been set",)
-    """Said of messages that come from another thread than TensorRT expects; nothing is wrong."""
-
-    def __init__(self, package: ModuleType) -> None:
-        errors: list[str] = []
-
-        class Logger(package.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                package.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= package.ILogger.ERROR and not message.startswith(Log.NOISE):
-                    errors.append(message.strip())
-
-        self.errors = errors
-        self.made = Logger()
-
-    @property
-    def first(self) -> str:
-        """The first line of the first error, shortened."""
-        lines = (self.errors or ["it gave no reason"])[0].splitlines()
-        return lines[0].strip()[:300]
 
 
 def empty_network(package: ModuleType, builder: Any) -> Any:
@@ -138,11 +98,6 @@ def _tensors(get: Any, number: int) -> Iterator[tuple[str, str]]:
             for axis, size in enumerate(tensor.shape)
         )
         yield tensor.name, f"{type_name(tensor.dtype)}[{','.join(sizes)}]"
-
-
-def type_name(dtype: Any) -> str:
-    """TensorRT's element type as the graphs call it."""
-    return TYPES.get(dtype.name, str(dtype.name).lower())
 
 
 def _origins(layers: Iterable[Any]) -> Iterator[tuple[str, str]]:
@@ -232,15 +187,3 @@ def add_profiles(
 def _read_back(profile: Any, tensor: str) -> dict[str, tuple[int, ...]]:
     shapes = [tuple(shape) for shape in profile.get_shape(tensor)] or [(), (), ()]
     return dict(zip(("min", "opt", "max"), shapes, strict=True))
-
-
-__all__ = [
-    "Log",
-    "add_profiles",
-    "describe",
-    "empty_network",
-    "parse",
-    "parse_tensor",
-    "type_name",
-    "weight_bytes",
-]

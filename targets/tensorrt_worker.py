@@ -19,7 +19,8 @@ from typing import Any
 
 from ..exporter.errors import ExportError
 from ..exporter.memory import peak_memory
-from .tensorrt_network import Log, add_profiles, describe, empty_network, parse
+from .tensorrt_log import Log
+from .tensorrt_network import add_profiles, describe, empty_network, parse
 from .tensorrt_package import NAMES, Backend, installed, load, version
 from .tensorrt_plan import Plan, read_plan
 from .tensorrt_record import Effort, Network
