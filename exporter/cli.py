@@ -10,6 +10,32 @@ from rich.console import Console
 
 from .console import messages, with_progress
 from .errors import ExportError
+from .options import (
+    AsJson,
+    Backend,
+    BundlePath,
+    Calibration,
+    Checkpoint,
+    ComputeCapability,
+    ComputeUnits,
+    DeploymentTarget,
+    Device,
+    ExternalWeights,
+    Images,
+    Kit,
+    Layout,
+    Positions,
+    Quiet,
+    Random,
+    Recipe,
+    Resolution,
+    Runner,
+    Runs,
+    Seed,
+    Stats,
+    Threads,
+    capabilities,
+)
 
 if TYPE_CHECKING:
     from .pipeline import Outcome
@@ -25,41 +51,6 @@ app = typer.Typer(
     no_args_is_help=False,
     pretty_exceptions_enable=False,
 )
-
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(help="Folder of a FastVLM checkpoint (Apple/LLaVA or Hugging Face layout)."),
-]
-Random = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Random weights at full size: fastvlm-0.5b, -1.5b or -7b."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the random weights.")]
-Images = Annotated[
-    list[Path] | None,
-    typer.Option("--image", help="Also prove it on this image; repeat for more."),
-]
-Recipe = Annotated[
-    str,
-    typer.Option(help="How numbers are stored: fp32, fp16, int8, int4, lut4, lut6 or a TOML file."),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Images that quantization is calibrated on."),
-]
-Resolution = Annotated[
-    int | None, typer.Option(min=1, help="Image side in pixels; default: the checkpoint's.")
-]
-Positions = Annotated[
-    int | None,
-    typer.Option("--context", min=1, help="Positions in the cache; default: the checkpoint's."),
-]
-Runs = Annotated[int, typer.Option(min=1, help="Timed runs after warm-up.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
-BundlePath = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="A folder that an export wrote.")
-]
 
 _results = Console()
 
@@ -115,20 +106,11 @@ def export(
     random: Random = None,
     seed: Seed = 0,
     runs: Runs = 5,
-    layout: Annotated[
-        str | None, typer.Option(help="Core ML: the client that it is for, such as apple-app.")
-    ] = None,
-    deployment_target: Annotated[
-        str | None, typer.Option(help="Core ML: the oldest system, such as iOS18.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(help="ExecuTorch: xnnpack (default), portable, coreml, vulkan or qnn."),
-    ] = None,
-    external_weights: Annotated[
-        bool | None,
-        typer.Option("--external-weights", help="ExecuTorch: the weights in a file of their own."),
-    ] = None,
+    layout: Layout = None,
+    deployment_target: DeploymentTarget = None,
+    backend: Backend = None,
+    external_weights: ExternalWeights = None,
+    compute_capability: ComputeCapability = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -159,6 +141,7 @@ def export(
             deployment_target=deployment_target,
             backend=backend,
             external_weights=external_weights or None,
+            compute_capabilities=capabilities(compute_capability),
         ),
     )
     outcomes = with_progress(quiet, lambda bars: pipeline.export(request, bars))
@@ -222,6 +205,37 @@ def validate(
 
 
 @app.command()
+def build(
+    bundle: BundlePath,
+    backend: Annotated[
+        str | None, typer.Option(help="tensorrt-rtx or tensorrt; default: the bundle's own.")
+    ] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="LIST", help="GPUs; default: the bundle's own.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the engines of a TensorRT bundle anew, for this machine's GPU or for others."""
+    from ..validate import tensorrt_view  # noqa: PLC0415 - imports NumPy
+    from ..validate.formats import plain  # noqa: PLC0415 - likewise
+    from . import building  # noqa: PLC0415 - likewise
+
+    request = building.BuildRequest(
+        bundle=bundle, backend=backend, compute_capabilities=capabilities(compute_capability)
+    )
+    built = with_progress(quiet, lambda bars: building.build(request, bars))
+    if as_json:
+        engines = plain(built.to_dict())
+        _print_json({"passed": built.passed, "path": str(bundle), "engines": engines})
+    elif not quiet:
+        _results.print(tensorrt_view.terminal(built))
+        _results.print(f"Prove it: fastvlm-export validate {bundle}", soft_wrap=True)
+    if not built.passed:
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
 def bench(
     bundle: BundlePath,
     checkpoint: Checkpoint = None,
@@ -231,25 +245,13 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Time this beside it and print the ratio: pytorch.")
     ] = None,
-    compute_units: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Core ML only: time it on all, cpu-and-ne, cpu-and-gpu or cpu-only; "
-            "repeat for more."
-        ),
-    ] = None,
+    compute_units: ComputeUnits = None,
     runs: Runs = 10,
-    device: Annotated[
-        str | None, typer.Option(help="ExecuTorch: time it on this phone, adb://SERIAL.")
-    ] = None,
-    runner: Annotated[
-        Path | None, typer.Option(help="The program to push to --device: examples/android.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the --device.")] = None,
-    stats: Annotated[
-        Path | None, typer.Option(help="Read a log that a runner printed on a phone instead.")
-    ] = None,
-    kit: Annotated[Path | None, typer.Option(help="Write what a phone needs to this DIR.")] = None,
+    device: Device = None,
+    runner: Runner = None,
+    threads: Threads = None,
+    stats: Stats = None,
+    kit: Kit = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -7,9 +7,13 @@ from ..quantize.recipes import RECIPES
 from ..targets import TargetName
 from ..targets.base import DEFAULTS, Options, Target
 from ..targets.executorch_model import Backend
+from ..targets.tensorrt_package import Backend as Package
 from ..validate.sessions import runs_here
 
-BACKENDS: dict[str, Sequence[str]] = {TargetName.EXECUTORCH: tuple(Backend)}
+BACKENDS: dict[str, Sequence[str]] = {
+    TargetName.EXECUTORCH: tuple(Backend),
+    TargetName.TENSORRT: tuple(Package),
+}
 """What `--backend` takes, of targets that have the choice."""
 
 

@@ -359,6 +359,7 @@ def _report(
         stored=proof.stored,
         stored_note=NOT_COMPARED if has_stored(bundle) and proof.stored is None else "",
         placement=proof.placement,
+        engines=proof.engines,
         accuracy=proof.accuracy,
         latency=proof.latency,
         latency_note=not_timed(bundle),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..targets import TargetName
+from ..targets import TargetName, tensorrt
 from ..targets.coreml_session import COMPUTE_UNITS, DEFAULT_UNITS
 from ..targets.generation import PromptInputs, Sampling, generate
 from ..validate import placement
@@ -163,6 +163,12 @@ def _compute_units(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
             f"What this bundle hands over to Core ML is timed on Apple's devices. Here there is "
             f"only the {where.name}, whose speed says nothing about one.",
             "See examples/ios; a bundle of --backend xnnpack is timed here, too.",
+        )
+    if not where.device and target == TargetName.TENSORRT:
+        raise ExportError(
+            f"Engines are timed on an NVIDIA GPU. Here there is only {where.name}, whose speed "
+            "says nothing about one.",
+            f"{tensorrt.availability().remedy} There: fastvlm-export bench {bundle.path}",
         )
     if not where.device:
         command = " ".join(["bench", str(bundle.path), *(f"--compute-units {u}" for u in asked)])

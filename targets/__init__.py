@@ -12,6 +12,7 @@ class TargetName(StrEnum):
     ONNX = "onnx"
     COREML = "coreml"
     EXECUTORCH = "executorch"
+    TENSORRT = "tensorrt"
 
 
 def get(name: str) -> Target:
@@ -28,6 +29,10 @@ def get(name: str) -> Target:
         from . import executorch  # noqa: PLC0415 - imports executorch where it lowers and runs
 
         return executorch
+    if name == TargetName.TENSORRT:
+        from . import tensorrt  # noqa: PLC0415 - imports TensorRT where it builds and runs
+
+        return tensorrt
     raise ExportError(
         f"There is no target named '{name}'.",
         f"Use one of: {', '.join(TargetName)}. `fastvlm-export targets` lists what each needs.",

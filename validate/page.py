@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, Template
 from PIL import Image
 
-from . import delegation_view, formats, plots
+from . import delegation_view, formats, plots, tensorrt_view
 from .parity import STAGE_NAMES, Measurement, ParityResult, Stage, summarize
 from .quantized import EXACT, kept_operators, layer_groups, loss_rows, recipe_facts
 from .templates import environment
@@ -79,6 +79,9 @@ def render(report: "Report") -> str:
         exact_words=EXACT,
         placement_rows=delegation_view.rows(report.placement) if report.placement else [],
         placement_details=_placement_details(report),
+        engine_rows=tensorrt_view.rows(report.engines) if report.engines else [],
+        engine_details=list(tensorrt_view.details(report.engines)) if report.engines else [],
+        engine_notes=list(tensorrt_view.notes(report.engines)) if report.engines else [],
         comparisons=compared(report),
         answers=answers(report.accuracy) if report.accuracy else [],
         examples=[_shown(report, example) for example in report.examples],

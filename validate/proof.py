@@ -33,6 +33,7 @@ from .parity import ParityResult
 from .recording import Case, Recording, record
 from .sessions import has_exact, open_session, runtime
 from .stored import StoredWeights, compare_stored, has_stored
+from .tensorrt_build import EngineProof, engines, has_engines
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -134,7 +135,7 @@ class Proof:
 
     `quantization` is None where nothing is quantized, `exact` where there is no artifact to compute
     without rounding, `stored` where no files or no programs can be compared number by number,
-    `placement` where a program has nothing to hand over to.
+    `placement` where a program has nothing to hand over to, `engines` where there are none.
     """
 
     parity: ParityResult
@@ -144,6 +145,7 @@ class Proof:
     quantization: QuantizationLoss | None
     stored: StoredWeights | None = None
     placement: Delegation | None = None
+    engines: EngineProof | None = None
 
 
 def run_original(
@@ -250,6 +252,7 @@ def prove(
     stored = _stored(baseline.reference, bundle, clock)
     gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
     placement = _placement(bundle, clock) if has_delegation(bundle) else None
+    built = _engines(bundle, clock) if has_engines(bundle) else None
     clock.stage("Open the bundle")
     candidate = open_session(bundle)
     tokenizer = read_tokenizer(bundle.path)
@@ -286,7 +289,13 @@ def prove(
         quantization=baseline.loss,
         stored=stored,
         placement=placement,
+        engines=built,
     )
+
+
+def _engines(bundle: Bundle, clock: Clock) -> EngineProof:
+    clock.stage("Check the engines")
+    return engines(bundle, clock.detail)
 
 
 def _placement(bundle: Bundle, clock: Clock) -> Delegation:

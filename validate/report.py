@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .loss import QuantizationLoss
     from .proof import Accuracy
     from .stored import StoredWeights
+    from .tensorrt_build import EngineProof
 
 SCHEMA = 1
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -99,7 +100,8 @@ class Report:
     what the recipe did, None where it leaves everything in float32: else `quantization`, what it
     costs, must have been measured. `parity` is the artifact's own error on top of that, `exact` the
     same where neither side rounds. `stored` compares the artifact's numbers themselves, or
-    `stored_note` says why they could not be. `placement` is what an ExecuTorch program hands over.
+    `stored_note` says why they could not be. `placement` is what an ExecuTorch program hands over,
+    `engines` what TensorRT made of its graphs.
     `runtime` is what ran the artifact; where that was no device, `latency_note` says how to time
     one.
     """
@@ -117,6 +119,7 @@ class Report:
     stored: "StoredWeights | None" = None
     stored_note: str = ""
     placement: "Delegation | None" = None
+    engines: "EngineProof | None" = None
     accuracy: "Accuracy | None" = None
     latency: LatencyResult | None = None
     latency_note: str = ""
@@ -133,7 +136,14 @@ class Report:
         if self.quantization is None and self.quantized is not None:
             return False
         answers = self.accuracy.check if self.accuracy else None
-        gates = (self.exact, self.stored, self.placement, answers, self.quantization)
+        gates = (
+            self.exact,
+            self.stored,
+            self.placement,
+            self.engines,
+            answers,
+            self.quantization,
+        )
         return all(gate.passed for gate in gates if gate is not None)
 
     @property
@@ -148,6 +158,8 @@ class Report:
             said.append(self.stored.verdict)
         if self.placement:
             said.append(self.placement.verdict)
+        if self.engines:
+            said.append(self.engines.verdict)
         if self.accuracy and self.parity.passed and (self.exact is None or self.exact.passed):
             said.append(_on_answers(self.accuracy))
         if self.quantization:
@@ -186,6 +198,7 @@ class Report:
             "stored_weights": self.stored.to_dict() if self.stored else None,
             "stored_note": self.stored_note,
             "placement": self.placement.to_dict() if self.placement else None,
+            "engines": self.engines.to_dict() if self.engines else None,
             "accuracy": _accuracy(self.accuracy) if self.accuracy else None,
             "latency": self.latency.to_dict() if self.latency else None,
             "latency_note": self.latency_note,

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import delegation_view, formats
+from . import delegation_view, formats, tensorrt_view
 from .digits import Kind
 from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
@@ -41,6 +41,8 @@ def render(report: "Report") -> Group:
         parts.append(Text(report.stored_note, "yellow"))
     if report.placement:
         parts.append(delegation_view.terminal(report.placement))
+    if report.engines:
+        parts.append(tensorrt_view.terminal(report.engines))
     if report.accuracy:
         parts.append(accuracy(report.accuracy, report.target))
     if report.latency:
