@@ -7,7 +7,7 @@ https://docs.nvidia.com/cuda/cuda-runtime-api/
 import contextlib
 import ctypes
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +36,7 @@ class Cuda:
     def __init__(self, api: Any = None) -> None:
         self.api = runtime_api() if api is None else api
         self._made = contextlib.ExitStack()
+        self._graphs: list[Any] = []
         self._call("cudaSetDevice", 0)
         self.stream: Any = self._call("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self._made.callback(self.api.cudaStreamDestroy, self.stream)
@@ -44,14 +45,19 @@ class Cuda:
         """Wait for the work at hand, then free everything; a second call does nothing."""
         with contextlib.suppress(ExportError):  # what failed was told when it failed
             self.synchronize()
+        self.release(list(self._graphs))
         self._made.close()
 
     def device_memory(self, size: int) -> int:
         """The address of `size` bytes on the GPU, all zero. Raises ExportError where it is full."""
         address = int(self._call("cudaMalloc", max(size, 1), size=size))
         self._made.callback(self.api.cudaFree, address)
-        self._call("cudaMemsetAsync", address, 0, max(size, 1), self.stream)
+        self.zero(address, max(size, 1))
         return address
+
+    def zero(self, address: int, size: int) -> None:
+        """Put zeros into `size` bytes of the GPU's memory."""
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
 
     def pinned(self, count: int, dtype: DTypeLike) -> NDArray[Any]:
         """An array [count] in page-locked memory, which copies need to overlap with anything."""
@@ -110,8 +116,14 @@ class Cuda:
             executable = self._call("cudaGraphInstantiate", graph, 0)
         finally:
             self.api.cudaGraphDestroy(graph)
-        self._made.callback(self.api.cudaGraphExecDestroy, executable)
+        self._graphs.append(executable)
         return executable
+
+    def release(self, graphs: Collection[Any]) -> None:
+        """Give back what these graphs hold; none of them may be launched again."""
+        for graph in graphs:
+            self._graphs = [one for one in self._graphs if one is not graph]
+            self.api.cudaGraphExecDestroy(graph)
 
     def launch(self, graph: Any) -> None:
         """Do what was captured once more."""
@@ -134,7 +146,7 @@ class Cuda:
 
     def _failure(self, name: str, status: Any, size: int | None) -> ExportError:
         if int(status) == OUT_OF_MEMORY:
-            wanted = f"{size / 2**20:.0f} MiB more were wanted" if size else "more was wanted"
+            wanted = f"{size / 2**20:.1f} MiB more were wanted" if size else "more was wanted"
             return out_of_memory(wanted, *self._memory())
         _, described = self.api.cudaGetErrorString(status)
         text = described.decode() if isinstance(described, bytes) else str(described)

@@ -27,7 +27,8 @@ _CAPABILITY: Final = re.compile(
 _VERSION: Final = re.compile(
     r"version tag|incompatible serialization version|created with .*version|version mismatch", re.I
 )
-_DAMAGED: Final = re.compile(r"magic ?tag|header\.size|blobSize|Serialization assertion", re.I)
+_DAMAGED: Final = re.compile(r"magic ?tag|header\.size|blobSize", re.I)
+_UNREADABLE: Final = re.compile(r"serialization", re.I)
 
 
 class Loader:
@@ -88,8 +89,9 @@ class Loader:
             (_MEMORY, self._too_large),
             (_DRIVER, self._old_driver),
             (_CAPABILITY, self._other_gpu),
-            (_VERSION, self._other_version),
             (_DAMAGED, self._damaged),
+            (_VERSION, self._other_version),
+            (_UNREADABLE, self._damaged),
         ):
             if pattern.search(said):
                 return problem(path, said)
@@ -108,7 +110,7 @@ class Loader:
 
     def _damaged(self, path: Path, said: str) -> ExportError:
         return ExportError(
-            f"{path} is damaged or cut short{_because(said)}.",
+            f"{path} is damaged, cut short, or no engine of {self.name}{_because(said)}.",
             f"Copy the bundle again, or build the engine anew: {self._build()}",
         )
 
