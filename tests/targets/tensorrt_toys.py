@@ -8,7 +8,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fastvlm_export.targets.tensorrt_build import write_plan
+from fastvlm_export.exporter import bundle as bundles
+from fastvlm_export.exporter.bundle import Bundle, Manifest, Source
+from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
+from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.targets import tensorrt
+from fastvlm_export.targets.tensorrt_build import build, write_plan
 from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_plan import (
     ATTENDED,
@@ -129,3 +134,46 @@ def folder(out: Path, *, float_type: str = "float32", **graphs: onnx.ModelProto)
     )
     write_plan(out, plan)
     return plan
+
+
+def bundle(out: Path, *, engines: bool = True, recipe: str = "fp32", **graphs: Any) -> Bundle:
+    """A whole bundle of the toys, its engines built."""
+    plan = folder(out, **graphs)
+    record = build(out, lambda _: None, engines=engines)
+    return sealed(
+        out,
+        artifact=tensorrt.details(record),
+        graphs={
+            name: {"inputs": one.inputs, "outputs": one.outputs}
+            for name, one in plan.graphs.items()
+        },
+        recipe=RECIPES[recipe].to_dict(),
+    )
+
+
+def sealed(out: Path, **changes: Any) -> Bundle:
+    """Write the manifest anew, with the hashes of what is there now; `changes` are its fields'."""
+    if (out / bundles.MANIFEST).exists():
+        values = Manifest.from_json((out / bundles.MANIFEST).read_text()).__dict__
+    else:
+        values = {
+            "schema": bundles.SCHEMA,
+            "source": Source(name="toy", layout="random", sha256="0" * 64),
+            "target": "tensorrt",
+            "quantization": {},
+            "resolution": 8,
+            "context": CONTEXT,
+            "image_tokens": 4,
+            "preprocessing": Preprocessing(
+                strategy=Strategy.PAD, resolution=8, mean=(0, 0, 0), std=(1, 1, 1)
+            ),
+            "prompt_template": "qwen_2",
+            "image_token": "<image>",
+            "image_token_id": 1,
+            "eos_token_ids": (0,),
+            "model": {},
+            "versions": {},
+        }
+    manifest = Manifest(**{**values, **changes, "files": bundles.files_of(out)})
+    (out / bundles.MANIFEST).write_text(manifest.to_json())
+    return bundles.open_bundle(out)
