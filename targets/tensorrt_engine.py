@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Any, Final
 
 from ..exporter.errors import ExportError
+from . import tensorrt_package
 from .tensorrt_cuda import Cuda, out_of_memory
-from .tensorrt_device import Gpu
+from .tensorrt_device import Gpu, driver_problem, find_gpu
 from .tensorrt_log import Log
 from .tensorrt_package import NAMES, Backend, capabilities
-from .tensorrt_plan import Plan
+from .tensorrt_plan import Plan, read_plan
 
 Shape = tuple[int, ...]
 
@@ -29,6 +30,26 @@ _VERSION: Final = re.compile(
 )
 _DAMAGED: Final = re.compile(r"magic ?tag|header\.size|blobSize", re.I)
 _UNREADABLE: Final = re.compile(r"serialization", re.I)
+
+
+def gpu_for(plan: Plan, version: str, folder: Path) -> Gpu:
+    """The GPU of this machine. Raises ExportError where there is none that the package can use."""
+    problem = driver_problem(plan.backend, version)
+    found = find_gpu()
+    if problem or found is None:
+        raise ExportError(
+            f"{folder}: {problem or 'no GPU was found.'}",
+            "Without a GPU its ONNX graphs can be proven: fastvlm-export validate BUNDLE",
+        )
+    return found
+
+
+def open_loader(folder: Path) -> "Loader":
+    """The loader of a bundle's engines on this machine. Raises ExportError where none can run."""
+    plan = read_plan(folder)
+    version = tensorrt_package.version(plan.backend)
+    gpu = gpu_for(plan, version, folder)
+    return Loader(tensorrt_package.load(plan.backend), plan, folder, version=version, gpu=gpu)
 
 
 class Loader:

@@ -5,10 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .tensorrt_engine import Loader
+from .tensorrt_engine import Loader, open_loader
 from .tensorrt_log import type_name
 from .tensorrt_plan import GraphPlan, Profile, parse_tensor
 
@@ -81,8 +82,12 @@ def interface_problems(engine: Any, plan: GraphPlan, package: ModuleType) -> lis
     return problems
 
 
-def read_back(loader: Loader) -> tuple[EngineContents, ...]:
-    """Load each engine of a bundle and read it. Raises ExportError where one can't be loaded."""
+def read_back(folder: Path, loader: Loader | None = None) -> tuple[EngineContents, ...]:
+    """Load each engine of the bundle in the folder and read it.
+
+    Raises ExportError where one can't be loaded: no driver, another GPU's, another version's, ...
+    """
+    loader = loader or open_loader(folder)
     return tuple(
         contents(loader.load(name), name, plan, loader.package, loader.plan.float_type)
         for name, plan in loader.plan.graphs.items()

@@ -21,12 +21,12 @@ from ..exporter.errors import ExportError
 from . import tensorrt_package
 from .base import Array, TokenIds, check_context
 from .tensorrt_cuda import Cuda
-from .tensorrt_device import Gpu, driver_problem, find_gpu
-from .tensorrt_engine import Context, Loader
+from .tensorrt_device import Gpu
+from .tensorrt_engine import Context, Loader, gpu_for
 from .tensorrt_inspect import interface_problems
 from .tensorrt_kernels import Kernels
 from .tensorrt_package import Backend
-from .tensorrt_plan import BUCKET, DECODE, PREFILL, STATIC, GraphPlan, Plan, parse_tensor, read_plan
+from .tensorrt_plan import BUCKET, DECODE, PREFILL, STATIC, GraphPlan, parse_tensor, read_plan
 
 GRAPHS = ("vision", "embedding", "decoder")
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
@@ -106,7 +106,7 @@ class TensorRTSession:
         self.context = self.plan.context
         self.package = package or tensorrt_package.load(self.plan.backend)
         version = tensorrt_package.version(self.plan.backend)
-        self.gpu = gpu or _gpu(self.plan, version, bundle)
+        self.gpu = gpu or gpu_for(self.plan, version, bundle.path)
         self._cuda = cuda or Cuda()
         self._kernels = Kernels(bundle, self.plan, version, self.gpu)
         weakref.finalize(self, _close, self._cuda, self._kernels)
@@ -278,18 +278,6 @@ def _close(cuda: Cuda, kernels: Kernels) -> None:
     """Keep what was compiled, free what was taken; at the session's end or the process's."""
     kernels.save()
     cuda.close()
-
-
-def _gpu(plan: Plan, version: str, bundle: Bundle) -> Gpu:
-    """The GPU of this machine. Raises ExportError where there is none that the package can use."""
-    problem = driver_problem(plan.backend, version)
-    found = find_gpu()
-    if problem or found is None:
-        raise ExportError(
-            f"{bundle.path}: {problem}",
-            "Without a GPU its ONNX graphs can be proven: fastvlm-export validate BUNDLE",
-        )
-    return found
 
 
 def _present(name: str) -> str:

@@ -5,9 +5,11 @@ The clock starts at an image file and a tokenized prompt, with the model loaded:
     encode       pixels -> image features
     prefill      embed the prompt, splice the features in, decode all of it -> logits
     first_token  pick the token, turn it into text
-Their sum is TTFT. Loading is apart: cold in a fresh process whose files were dropped from the page
-cache, or whose packages Core ML has yet to compile; warm in one that finds them there. Neither
-counts the start of Python or its imports.
+Their sum is TTFT. Where a runtime tells its GPU's own clock, so do the numbers: what the GPU
+computed in encode, prefill and decoding; the rest of each is copying and waiting. Loading is apart:
+cold in a fresh process whose files were dropped from the page cache, or whose packages or engines
+have yet to be compiled; warm in one that finds them there. Neither counts the start of Python or
+its imports.
 """
 
 import statistics
@@ -15,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,11 @@ class Part(StrEnum):
     ENCODE = "encode"
     PREFILL = "prefill"
     FIRST_TOKEN = "first_token"  # noqa: S105 - a part of TTFT, not a secret
+
+
+DECODE = "decode"
+DEVICE_PARTS = (Part.ENCODE.value, Part.PREFILL.value, DECODE)
+"""What a GPU computes in; decoding is all tokens after the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +131,8 @@ class SubjectResult:
     """One backend's numbers. `load_*` are None where there is no file to load (random weights).
 
     `load_note` says what the cold number is worth; `peak_memory_bytes` is the largest resident
-    memory of the process that loaded and ran this backend and nothing else.
+    memory of the process that loaded and ran this backend and nothing else. `on_device` is what
+    `DEVICE_PARTS` took by the GPU's own clock; empty where nothing tells.
     """
 
     name: str
@@ -139,6 +147,7 @@ class SubjectResult:
     tokens: int
     first_text: str
     peak_memory_bytes: int
+    on_device: Mapping[str, Timing] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -173,6 +182,7 @@ class SubjectResult:
             "tokens_per_second": self.tokens_per_second,
             "first_text": self.first_text,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "on_device": {name: timing.to_dict() for name, timing in self.on_device.items()},
         }
 
 
@@ -346,10 +356,15 @@ def _result(
     def timing(name: str) -> Timing:
         return Timing(seconds=tuple(float(one[name]) for one in rounds))
 
+    told = [one["on_device"] for one in rounds]
+    on_device = {
+        name: Timing(seconds=tuple(float(one[name]) for one in told))
+        for name in (DEVICE_PARTS if all(told) else ())
+    }
     return SubjectResult(
         name=subject.name,
         backend=subject.backend,
-        setting=worker.setting,
+        setting=worker.setting + _by_the_device(on_device, plan.tokens),
         load_cold=Timing(seconds=tuple(load["seconds"] for load in cold)) if cold else None,
         load_warm=Timing(seconds=tuple(warm)) if warm else None,
         load_note=cold[-1]["note"] if cold else "not timed",
@@ -359,4 +374,14 @@ def _result(
         tokens=plan.tokens,
         first_text=str(rounds[-1]["text"]),
         peak_memory_bytes=peak,
+        on_device=on_device,
     )
+
+
+def _by_the_device(parts: Mapping[str, Timing], tokens: int) -> str:
+    """The GPU's own medians, in words; empty where there are none."""
+    if not parts:
+        return ""
+    told = [f"{name} {parts[name].p50 * 1e3:.4g} ms" for name in DEVICE_PARTS[:-1]]
+    told.append(f"{parts[DECODE].p50 / tokens * 1e3:.4g} ms a token")
+    return f"; by the GPU's clock: {', '.join(told)}"

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
@@ -22,15 +22,26 @@ from ..exporter.errors import ExportError
 from ..exporter.preprocess import preprocess, read_image
 from ..exporter.tokenizer import read_tokenizer
 from ..quantize.quiet import quiet_import
+from ..targets import TargetName, tensorrt_kernels
 from ..targets.base import Session
 from ..targets.coreml_session import DEFAULT_UNITS, forget_compiled
 from ..targets.generation import splice
-from .latency import Backend, Part, is_random
+from ..targets.tensorrt_plan import read_plan
+from .latency import DECODE, Backend, Part, is_random
 from .machine import peak_memory, reset_peak_memory
 from .sessions import open_session
 
 Load = Callable[[], Callable[[], Session]]
 """Timed: read and prepare the weights. What it returns is not timed: the session's last touches."""
+
+
+@runtime_checkable
+class DeviceTimed(Protocol):
+    """A session that knows how long its GPU computed."""
+
+    def take_device_seconds(self) -> float:
+        """Seconds on the GPU's clock since the last call."""
+        ...
 
 
 class Worker:
@@ -71,6 +82,7 @@ class Worker:
             reset_peak_memory()
         elif keep:
             self.session = finish()
+            setting += f"; {how}" if (how := getattr(self.session, "how", "")) else ""
         return {"seconds": seconds, "note": note, "setting": setting}
 
     def round(self) -> dict[str, Any]:
@@ -79,16 +91,19 @@ class Worker:
         if session is None:
             raise RuntimeError("a round was asked for before the load")
         manifest, image = self.bundle.manifest, Path(job["image"])
+        lap = _device_laps(session)
         ids = np.asarray(job["prompt_ids"], dtype=np.int64)
         marks = [time.perf_counter()]
         pixels = preprocess(read_image(image), manifest.preprocessing)
         marks.append(time.perf_counter())
         features = session.encode_image(pixels)
         marks.append(time.perf_counter())
+        on_device = lap(Part.ENCODE)
         session.reset()
         text = session.embed(np.where(ids == manifest.image_token_id, 0, ids)[None])
         logits = session.decode(splice(job["prompt_ids"], manifest.image_token_id, text, features))
         marks.append(time.perf_counter())
+        on_device |= lap(Part.PREFILL)
         token = int(logits[0].argmax())
         word = self.tokenizer.decode([token])
         marks.append(time.perf_counter())
@@ -96,9 +111,11 @@ class Worker:
             logits = session.decode(session.embed(np.array([[token]], dtype=np.int64)))
             token = int(logits[0].argmax())
         decode = time.perf_counter() - marks[-1]
+        on_device |= lap(DECODE)
         spent = np.diff(marks)
         parts = {part.value: float(seconds) for part, seconds in zip(Part, spent, strict=True)}
-        return {**parts, "ttft": marks[-1] - marks[0], "decode": decode, "text": word}
+        total = marks[-1] - marks[0]
+        return {**parts, "ttft": total, "decode": decode, "text": word, "on_device": on_device}
 
     def finish(self) -> dict[str, Any]:
         """The most memory that loading and running took."""
@@ -137,7 +154,9 @@ class Worker:
         return load, f"{self.bundle.manifest.recipe['name']}; {runtime}{on}"
 
     def _forget_compiled(self) -> bool:
-        """Make Core ML compile the bundle's packages again; False where it has none."""
+        """Have compiled anew what Core ML or TensorRT for RTX compiled; False where nothing is."""
+        if self.bundle.manifest.target == TargetName.TENSORRT:
+            return tensorrt_kernels.forget(self.bundle, read_plan(self.bundle.path))
         packages = list(self.bundle.path.glob("*.mlpackage"))
         for package in packages:
             forget_compiled(package, self.job["compute_units"] or DEFAULT_UNITS)
@@ -176,6 +195,15 @@ class Worker:
             f"key/value cache, {torch.get_num_threads()} threads"
         )
         return load, setting
+
+
+def _device_laps(session: Session) -> Callable[[str], dict[str, float]]:
+    """Called at the end of a part: its name -> what the GPU computed in it, if anything tells."""
+    if not isinstance(session, DeviceTimed):
+        return lambda name: {}
+    take = session.take_device_seconds
+    take()  # what came before the first part
+    return lambda name: {str(name): take()}
 
 
 def drop_from_page_cache(files: Iterable[Path]) -> bool:

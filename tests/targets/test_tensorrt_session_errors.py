@@ -4,10 +4,12 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.targets import tensorrt_device
 from fastvlm_export.targets.tensorrt_cuda import Cuda
 from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_session import TensorRTSession
@@ -149,3 +151,18 @@ def test_an_engine_of_another_plan_is_refused(
 def test_a_driver_that_does_not_start_is_told() -> None:
     with pytest.raises(ExportError, match="cudaSetDevice: no driver \\(CUDA error 35\\)"):
         Cuda(CudaApi(set_device=35))
+
+
+def test_without_a_driver_a_bundle_is_refused_before_anything_is_read(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    for function in (tensorrt_device.find_gpu, tensorrt_device.driver_problem):
+        monkeypatch.setattr(function, "__defaults__", (missing,))
+    package = Package(exported.folder, exported.plan, CudaApi())
+    with pytest.raises(ExportError, match="no NVIDIA driver is installed") as caught:
+        TensorRTSession(exported.bundle(), package=package)
+    assert "fastvlm-export validate" in caught.value.hint
+    assert not package.engines
