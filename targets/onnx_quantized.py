@@ -26,6 +26,9 @@ from .onnx_build import Builder
 from .onnx_pack import Weights
 
 _DOMAIN = "fastvlm"
+LINEAR, EMBEDDING = "QuantizedLinear", "QuantizedEmbedding"
+"""Operators of our own domain."""
+
 _TINY = 1e-30
 """Stands for a scale of zero: a token whose values are all 0 has integers 0 with any scale."""
 
@@ -42,7 +45,7 @@ def _private(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) ->
         )
         for n, i in enumerate(inputs)
     ]
-    types = ["tensor(float)", "tensor(int8)", "tensor(int64)"]
+    types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int8", "int64")]
     schema = _Schema(
         name,
         _DOMAIN,
@@ -56,11 +59,11 @@ def _private(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) ->
 
 
 _linear = _private(
-    "QuantizedLinear",
+    LINEAR,
     ("x", "weight", "scale", "zero_point?", "bias?"),
     ("bits", "activation_group"),
 )
-_embedding = _private("QuantizedEmbedding", ("ids", "weight", "scale"), ())
+_embedding = _private(EMBEDDING, ("ids", "weight", "scale"), ())
 
 
 def _translate_linear(
@@ -82,9 +85,15 @@ TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
 """Operator -> function that writes its ONNX node, for `torch.onnx.export`."""
 
 
-def pack(model: ir.Model) -> None:
-    """Replace every quantized layer in place by operators that ONNX Runtime knows."""
-    writers = {"QuantizedLinear": _write_linear, "QuantizedEmbedding": _write_embedding}
+Writers = Mapping[str, Callable[[Builder, ir.Node], ir.Value]]
+"""Operator of our own domain -> function that writes what takes its place, and returns its value.
+"""
+
+
+def pack(model: ir.Model, writers: Writers | None = None) -> None:
+    """Replace every quantized layer in place by operators that ONNX Runtime, or another, knows."""
+    if writers is None:
+        writers = {LINEAR: _write_linear, EMBEDDING: _write_embedding}
     for node in list(model.graph):
         if node.domain == _DOMAIN:
             builder = Builder(model.graph, node)
@@ -92,11 +101,19 @@ def pack(model: ir.Model) -> None:
     model.graph.opset_imports.pop(_DOMAIN, None)
 
 
-def _write_linear(b: Builder, node: ir.Node) -> ir.Value:
+def linear_of(
+    node: ir.Node,
+) -> tuple[ir.Value | None, Weights, ir.Value | None, ir.Value | None]:
+    """What a QuantizedLinear reads: x, its weights, their zero points and the bias, if any."""
     # Optional inputs at the end are not there when they are absent.
     x, weight, scale, zeros, bias = (*node.inputs, None, None)[:5]
     bits = node.attributes.get_int("bits")
-    weights = Weights.of(weight, scale, zeros, bits=bits)
+    return x, Weights.of(weight, scale, zeros, bits=bits), zeros, bias
+
+
+def _write_linear(b: Builder, node: ir.Node) -> ir.Value:
+    x, weights, zeros, bias = linear_of(node)
+    bits = weights.bits
     group = node.attributes.get_int("activation_group")
     if group == ops.FLOAT_ACTIVATIONS:
         return _blocks(b, x, weights, bias, level=1)

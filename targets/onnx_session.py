@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -27,14 +27,15 @@ class OnnxSession:
     once, so that GroupQueryAttention appends in place.
     """
 
-    def __init__(self, paths: Mapping[str, Path], context: int) -> None:
+    def __init__(self, paths: Mapping[str, Path], context: int, load: "Load | None" = None) -> None:
         self.context = context
+        load = load or load_graph
         # Side by side: ONNX Runtime loads and packs the weights of one graph on one thread.
         with ThreadPoolExecutor() as pool:
-            vision = pool.submit(load_graph, paths["vision"])
-            decoder = pool.submit(load_graph, paths["decoder"])
+            vision = pool.submit(load, paths["vision"])
+            decoder = pool.submit(load, paths["decoder"])
             # A gather has nothing to share out.
-            self.embedding = load_graph(paths["embedding"], intra_op_threads=1)
+            self.embedding = load(paths["embedding"], intra_op_threads=1)
             self.vision, self.decoder = vision.result(), decoder.result()
         self.past = 0
         self._mask = np.ones((1, context), dtype=np.int64)
@@ -81,18 +82,41 @@ class OnnxSession:
         self.past = 0
 
 
+class Load(Protocol):
+    """How a graph's file becomes a session of ONNX Runtime's: `load_graph`, or like it."""
+
+    def __call__(self, path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
+        """None: a thread for each core."""
+        ...
+
+
 def load_graph(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
     """A graph on the CPU, every optimization on. Raises ExportError when it can't be loaded."""
+    return load_model(path, str(path), session_options(intra_op_threads), "onnx")
+
+
+def session_options(intra_op_threads: int | None) -> ort.SessionOptions:
+    """Every optimization on, no warnings. None: a thread for each core."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = intra_op_threads or available_cores()
     options.log_severity_level = 3
+    return options
+
+
+def load_model(
+    path: Path, model: str | bytes, options: ort.SessionOptions, target: str
+) -> ort.InferenceSession:
+    """A graph of the file `path`, itself or as `model` has it, on the CPU.
+
+    Raises ExportError when it can't be loaded, which says how to get another of `target`.
+    """
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's classes share no other base
         raise ExportError(
             f"{path} cannot be loaded by ONNX Runtime: {error}",
-            "Export it again: fastvlm-export --target onnx --out DIR --force",
+            f"Export it again: fastvlm-export --target {target} --out DIR --force",
         ) from error
 
 

@@ -17,13 +17,16 @@ from torch.export import ExportedProgram
 from ..exporter.graphs import cache_names
 from ..exporter.spec import ExportSpec
 from ..quantize.ranges import layer_of
-from . import onnx_files, onnx_lowering, tensorrt_attention, tensorrt_float32
+from . import (
+    onnx_files,
+    onnx_lowering,
+    tensorrt_attention,
+    tensorrt_float32,
+    tensorrt_quantized,
+)
 from .onnx_lowering import Interface
 from .onnx_rewrites import fuse_norms
-
-GRAPHS = ("vision", "embedding", "decoder")
-NEW, ATTENDED = "sequence_length", "attended_length"
-"""Sizes that are known only later: of new tokens, and of positions that are looked at."""
+from .tensorrt_plan import ATTENDED, GRAPHS, NEW, onnx_file
 
 WHOLE = "graph"
 """What nodes are named after that belong to no module."""
@@ -45,11 +48,6 @@ class LoweredGraph:
     float32_nodes: Mapping[str, str]
 
 
-def file_of(graph: str) -> str:
-    """The graph's file in the bundle."""
-    return f"onnx/{graph}.onnx"
-
-
 def write(
     programs: Mapping[str, ExportedProgram], spec: ExportSpec, out: Path
 ) -> dict[str, LoweredGraph]:
@@ -60,12 +58,12 @@ def write(
         names = interface(name, spec)
         model = to_onnx(programs[name], names)
         lowered[name] = LoweredGraph(
-            file=file_of(name),
+            file=onnx_file(name),
             signature=onnx_lowering.signature(names, model),
             nodes=len(model.graph),
             float32_nodes=tensorrt_float32.float32_nodes(model, programs[name]),
         )
-        onnx_files.save(model, out / file_of(name))
+        onnx_files.save(model, out / onnx_file(name))
     return lowered
 
 
@@ -96,9 +94,9 @@ def interface(name: str, spec: ExportSpec) -> Interface:
 
 def to_onnx(program: ExportedProgram, names: Interface) -> ir.Model:
     """Translate, rewrite and tidy. The model's weights stay the program's own memory."""
-    model = onnx_lowering.translate(
-        program, tensorrt_attention.TRANSLATIONS, tensorrt_attention.OPSET
-    )
+    translations = {**tensorrt_attention.TRANSLATIONS, **tensorrt_quantized.TRANSLATIONS}
+    model = onnx_lowering.translate(program, translations, tensorrt_attention.OPSET)
+    tensorrt_quantized.pack(model)
     _count_once(model)
     fuse_norms(model, halves=True)
     onnx_lowering.set_interface(model, names)
@@ -154,6 +152,3 @@ def _module_of(node: ir.Node, origins: Mapping[str, torch.fx.Node]) -> str:
     if origin is None or str(origin.target) != CACHED_ATTENTION:
         return WHOLE
     return layer_of(origin.all_input_nodes[0]).rpartition(".")[0] or WHOLE
-
-
-__all__ = ["ATTENDED", "GRAPHS", "NEW", "LoweredGraph", "file_of", "interface", "to_onnx", "write"]
