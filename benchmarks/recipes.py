@@ -61,11 +61,11 @@ def main(
     options += ["--backend", backend] if backend else []
     options += ["--random", random] if random else []
     options += ["--resolution", str(resolution)] if resolution else []
-    reports = {name: _export(name, out / name, options, reuse) for name in names}
+    reports = {name: export(name, out / name, options, reuse) for name in names}
     runtime = runs_here(target, backend)
     timed = None
     if runtime and runtime.device:
-        timed = _measure({name: Path(path) for name, (path, _) in reports.items()}, runs)
+        timed = measure({name: Path(path) for name, (path, _) in reports.items()}, runs)
     title = ", ".join(filter(None, (random or "fastvlm-digits", target, backend)))
     table = Table(
         title=f"{title}, {timed.machine.cpu}, {timed.threads} threads" if timed else title
@@ -77,8 +77,11 @@ def main(
     Console(width=200).print(table)
 
 
-def _export(recipe: str, out: Path, options: list[str], reuse: bool) -> tuple[str, dict[str, Any]]:
-    """Where the bundle is, and its report. One that failed its gate is shown all the same."""
+def export(recipe: str, out: Path, options: list[str], reuse: bool) -> tuple[str, dict[str, Any]]:
+    """Where the bundle is, and its report; one that failed its gate, too.
+
+    Raises ExportError where there is none.
+    """
     if reuse:
         folder = out if out.exists() else out.with_name(f"{out.name}.failed")
         return str(folder), json.loads((folder / "report" / "report.json").read_text("utf-8"))
@@ -93,7 +96,8 @@ def _export(recipe: str, out: Path, options: list[str], reuse: bool) -> tuple[st
     return bundle["path"], bundle["report"]
 
 
-def _measure(paths: dict[str, Path], runs: int) -> LatencyResult:
+def measure(paths: dict[str, Path], runs: int) -> LatencyResult:
+    """The bundles' times, side by side in every round."""
     subjects = [
         latency.Subject(name=name, backend=Backend.BUNDLE, bundle=path)
         for name, path in paths.items()
@@ -131,9 +135,9 @@ def _line(name: str, report: dict[str, Any]) -> list[str]:
         f"{loss['mean_kl']:.2g}" if loss else "0",
         f"{loss['top1_agreement']:.1%}" if loss else "100.0%",
         f"{accuracy['candidate']['right']}/{accuracy['candidate']['total']}" if accuracy else "-",
-        f"{_worst(report['parity'], 'RMS relative', 'image_features'):.1e}",
-        f"{_worst(report['parity'], 'mean KL', 'teacher_forced'):.1e}",
-        f"{_worst(report['exact_parity'], 'max relative'):.1e}" if report["exact_parity"] else "-",
+        f"{worst(report['parity'], 'RMS relative', 'image_features'):.1e}",
+        f"{worst(report['parity'], 'mean KL', 'teacher_forced'):.1e}",
+        f"{worst(report['exact_parity'], 'max relative'):.1e}" if report["exact_parity"] else "-",
         f"{export['peak_memory_bytes'] / 1e6:.0f}",
     ]
 
@@ -153,7 +157,7 @@ def _timings(name: str, timed: LatencyResult) -> list[str]:
     ]
 
 
-def _worst(parity: dict[str, Any], check: str, stage: str | None = None) -> float:
+def worst(parity: dict[str, Any], check: str, stage: str | None = None) -> float:
     """The worst value of a parity check over the images and, where none is named, the stages."""
     values = [
         found["value"]
