@@ -2,7 +2,8 @@
 
 Core ML runs on a Mac only. Anywhere else its packages, and what an ExecuTorch program hands over to
 it, are opened by the MIL reference interpreter, which computes what the saved program says; its
-numbers are no device's, and it is never timed.
+numbers are no device's, and it is never timed. TensorRT's engines run on NVIDIA's GPUs only. Where
+there is none, ONNX Runtime computes the graphs that they were built from, and is not timed either.
 """
 
 import functools
@@ -20,6 +21,7 @@ NAMES: dict[str, str] = {
     TargetName.ONNX: "ONNX Runtime",
     TargetName.COREML: "Core ML",
     TargetName.EXECUTORCH: "ExecuTorch",
+    TargetName.TENSORRT: "TensorRT",
 }
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
@@ -36,6 +38,7 @@ class Runtime:
 
 
 INTERPRETER = Runtime(name="MIL reference interpreter", device=False)
+GRAPHS = Runtime(name="ONNX Runtime, on the ONNX graphs of the engines", device=False)
 NOT_TIMED = (
     "Latency is not measured here: the interpreter says what the packages compute, not how fast. "
     "On a Mac: fastvlm-export bench BUNDLE"
@@ -43,6 +46,10 @@ NOT_TIMED = (
 DELEGATES_NOT_TIMED = (
     "Latency is not measured here: the interpreter says what the delegates compute, not how fast. "
     "On an iPhone or a Mac: see examples/ios"
+)
+ENGINES_NOT_TIMED = (
+    "Latency is not measured here: no engine ran, as that takes an NVIDIA GPU. ONNX Runtime says "
+    "what the graphs of the engines compute, not how fast. On a machine with one: "
 )
 
 
@@ -57,13 +64,23 @@ def runs_here(target: str, backend: str | None = None) -> Runtime | None:
         return INTERPRETER if can else None
     if here.run:
         return Runtime(name=NAMES.get(target, target), device=True)
+    if target == TargetName.TENSORRT:
+        return _runs_graphs()
     return INTERPRETER if target in SIMULATED and here.lower else None
+
+
+def _runs_graphs() -> Runtime | None:
+    """ONNX Runtime on the graphs of engines, where it is installed."""
+    return GRAPHS if targets.get(TargetName.ONNX).availability().run else None
 
 
 def not_timed(bundle: Bundle) -> str:
     """Why the bundle has no times here, and how to get some; empty where it can be timed."""
     if runtime(bundle).device:
         return ""
+    if bundle.manifest.target == TargetName.TENSORRT:
+        build = "" if _has_engines(bundle) else "fastvlm-export build BUNDLE, then "
+        return f"{ENGINES_NOT_TIMED}{build}fastvlm-export bench BUNDLE"
     return NOT_TIMED if bundle.manifest.target == TargetName.COREML else DELEGATES_NOT_TIMED
 
 
@@ -76,9 +93,17 @@ def runtime(bundle: Bundle) -> Runtime:
     """What `open_session` runs this bundle in. Raises ExportError where nothing can."""
     target, backend = bundle.manifest.target, _backend(bundle)
     found = runs_here(target, backend)
+    if target == TargetName.TENSORRT and not _has_engines(bundle):
+        found = _runs_graphs()
+        if found is None:
+            raise ExportError(
+                f"{bundle.path} has no engines yet, and its ONNX graphs can't be run here.",
+                "On the machine with the GPU: fastvlm-export build BUNDLE. Or to run the graphs: "
+                "pip install 'fastvlm-export[onnx]'",
+            )
     if found is None:
         here = targets.get(target).availability()
-        if here.run and backend is not None:
+        if here.run and backend in SIMULATED_BACKENDS:
             remedy = "; ".join(executorch_backends.problems(backend))
             raise ExportError(f"Backend '{backend}' of '{target}' can't be run here.", remedy)
         raise ExportError(f"Target '{target}' can't be run here.", here.remedy)
@@ -89,6 +114,11 @@ def _backend(bundle: Bundle) -> str | None:
     """What an ExecuTorch program hands its operators over to; None for any other target."""
     found = bundle.manifest.artifact.get("backend")
     return None if found is None else str(found)
+
+
+def _has_engines(bundle: Bundle) -> bool:
+    """Whether a TensorRT bundle has been built, and not only been made ready for it."""
+    return bool(bundle.manifest.artifact.get("engines"))
 
 
 def _has_interpreter(bundle: Bundle) -> bool:
@@ -120,7 +150,7 @@ def open_session(
             f"Use one that has: {', '.join(SIMULATED)}.",
         )
     if compute_units is not None and (target != TargetName.COREML or simulated):
-        where = INTERPRETER.name if simulated else runtime(bundle).name
+        where = INTERPRETER.name if exact else runtime(bundle).name
         raise ExportError(
             f"Compute units '{compute_units}' are Core ML's, on a Mac; the {where} has none.",
             "Leave them out, or run a bundle of target 'coreml' on a Mac.",
@@ -133,7 +163,13 @@ def open_session(
 
 
 def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
-    """The packages in the MIL reference interpreter."""
+    """The packages in the MIL reference interpreter; TensorRT's graphs in ONNX Runtime."""
+    if bundle.manifest.target == TargetName.TENSORRT:
+        from ..targets.tensorrt_onnx_session import (  # noqa: PLC0415 - imports onnxruntime
+            TensorRTOnnxSession,
+        )
+
+        return TensorRTOnnxSession(bundle)
     if _backend(bundle) in SIMULATED_BACKENDS:
         from .executorch_coreml import CoreMLDelegateSession  # noqa: PLC0415 - imports coremltools
 

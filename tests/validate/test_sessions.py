@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,15 @@ import pytest
 from fastvlm_export import targets
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.quantize.recipes import RECIPES
-from fastvlm_export.targets import apple_app, coreml_session, executorch_backends
+from fastvlm_export.targets import (
+    apple_app,
+    coreml_session,
+    executorch_backends,
+    tensorrt_onnx_session,
+)
 from fastvlm_export.targets.base import Availability
 from fastvlm_export.validate import mil, sessions
-from fastvlm_export.validate.sessions import INTERPRETER, Runtime
+from fastvlm_export.validate.sessions import GRAPHS, INTERPRETER, Runtime
 
 
 class Machine:
@@ -39,12 +45,12 @@ def has(*, lower: bool, run: bool) -> Availability:
 
 
 def bundle(
-    target: str = "coreml", recipe: str = "int8", artifact: Mapping[str, str] | None = None
+    target: str = "coreml", recipe: str = "int8", artifact: Mapping[str, str | int] | None = None
 ) -> SimpleNamespace:
     manifest = SimpleNamespace(
         target=target, recipe=RECIPES[recipe].to_dict(), artifact=artifact or {}
     )
-    return SimpleNamespace(manifest=manifest)
+    return SimpleNamespace(manifest=manifest, path=Path("bundle"))
 
 
 @pytest.fixture
@@ -173,3 +179,51 @@ def test_core_mls_delegates_need_the_interpreters_package(
     with pytest.raises(ExportError, match="can't be run here") as error:
         sessions.runtime(bundle("executorch", artifact={"backend": "coreml"}))
     assert "pip install" in error.value.hint
+
+
+def test_engines_run_on_a_gpu_and_elsewhere_onnx_runtime_runs_their_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = bundle("tensorrt", artifact={"backend": "tensorrt-rtx", "engines": 1})
+    unbuilt = bundle("tensorrt", artifact={"backend": "tensorrt", "engines": 0})
+    monkeypatch.setattr(
+        tensorrt_onnx_session, "TensorRTOnnxSession", lambda bundle: ("graphs", bundle)
+    )
+    for gpu in (False, True):
+        Machine(monkeypatch, onnx=has(lower=True, run=True), tensorrt=has(lower=True, run=gpu))
+        assert sessions.runtime(unbuilt) == GRAPHS
+        assert sessions.open_session(unbuilt) == ("graphs", unbuilt)
+        assert "fastvlm-export build BUNDLE, then fastvlm-export bench" in sessions.not_timed(
+            unbuilt
+        )
+        if gpu:
+            assert sessions.runtime(built) == Runtime(name="TensorRT", device=True)
+            assert sessions.open_session(built) == "tensorrt's own"
+            assert sessions.not_timed(built) == ""
+        else:
+            assert sessions.runtime(built) == GRAPHS
+            assert sessions.open_session(built) == ("graphs", built)
+            assert "no engine ran" in sessions.not_timed(built)
+            assert "build" not in sessions.not_timed(built)
+    assert not GRAPHS.device
+    assert not sessions.has_exact(built)
+
+
+def test_without_a_gpu_and_onnx_runtime_a_tensorrt_bundle_cannot_be_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bare = has(lower=False, run=False)
+    Machine(monkeypatch, onnx=bare, tensorrt=bare)
+    assert not sessions.can_run("tensorrt")
+    built = bundle("tensorrt", artifact={"backend": "tensorrt-rtx", "engines": 1})
+    with pytest.raises(ExportError, match="'tensorrt' can't be run here") as caught:
+        sessions.open_session(built)
+    assert caught.value.hint == "install it"
+    with pytest.raises(ExportError, match="has no engines yet") as caught:
+        sessions.open_session(bundle("tensorrt", artifact={"engines": 0}))
+    assert "fastvlm-export build BUNDLE" in caught.value.hint
+    Machine(monkeypatch, onnx=has(lower=True, run=True), tensorrt=bare)
+    with pytest.raises(ExportError, match="the ONNX Runtime, on the ONNX graphs of the engines"):
+        sessions.open_session(built, compute_units="all")
+    with pytest.raises(ExportError, match="no interpreter that computes without rounding"):
+        sessions.open_session(built, exact=True)
