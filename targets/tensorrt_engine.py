@@ -203,6 +203,7 @@ class Context:
     ) -> None:
         self._log, self._cuda = loader.log, cuda
         self._shapes: dict[str, Shape] = {}
+        self._outputs: dict[str, Shape] = {}
         package = loader.package
         strategy = package.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if loader.plan.backend is Backend.RTX:
@@ -235,6 +236,24 @@ class Context:
         if not self._context.set_input_shape(name, shape):
             raise self._failure(f"given {name} of shape {list(shape)}")
         self._shapes[name] = shape
+        self._outputs.clear()
+
+    def check(self, name: str, shape: Shape) -> None:
+        """Raise ExportError where the output will have another shape than this one.
+
+        A size of -1 is one that TensorRT knows only after the run.
+        """
+        if self._outputs.get(name) == shape:
+            return
+        found = tuple(self._context.get_tensor_shape(name))
+        if len(found) != len(shape) or any(
+            one not in (-1, size) for one, size in zip(found, shape, strict=True)
+        ):
+            raise ExportError(
+                f"An engine gives {name} of shape {list(found)}, not {list(shape)}.",
+                "Build the engines anew on this machine: fastvlm-export build BUNDLE",
+            )
+        self._outputs[name] = shape
 
     def enqueue(self) -> None:
         """Put one run into the stream. Raises ExportError where the engine refuses."""

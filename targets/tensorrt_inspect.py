@@ -129,9 +129,24 @@ def _differences(
     for name in plan.keys() & found.keys():
         dtype, sizes = parse_tensor(plan[name])
         wanted = (dtype, tuple(-1 if isinstance(size, str) else size for size in sizes))
-        if found[name] != wanted:
+        if not _same(wanted, found[name], strict=what == "input"):
             problems.append(f"{what} {name} is {_written(found[name])}, not {_written(wanted)}")
     return sorted(problems)
+
+
+def _same(
+    planned: tuple[str, tuple[int, ...]], found: tuple[str, tuple[int, ...]], *, strict: bool
+) -> bool:
+    """Whether both are one type and shape.
+
+    Unless `strict` a size may be open to TensorRT that the plan knows: it does not see through
+    every slice. A session checks what comes out.
+    """
+    (dtype, sizes), (other, others) = planned, found
+    if dtype != other or len(sizes) != len(others):
+        return False
+    rows = zip(sizes, others, strict=True)
+    return all(size == one or (one == -1 and not strict) for size, one in rows)
 
 
 def _written(tensor: tuple[str, tuple[int, ...]]) -> str:

@@ -48,7 +48,7 @@ class Tensor:
         self.address = cuda.device_memory(count * SIZES[dtype])
         self.host = cuda.pinned(count, HOST_TYPES[dtype])
 
-    def shape(self, length: int) -> tuple[int, ...]:
+    def shape(self, length: int = 1) -> tuple[int, ...]:
         """Its shape where what varies in it is `length`."""
         return tuple(length if isinstance(size, str) else size for size in self.sizes)
 
@@ -179,6 +179,7 @@ class TensorRTSession:
         tensors = self._tensors["vision"]
         self._send(tensors["pixel_values"], pixels)
         context = self._contexts["vision", STATIC]
+        context.check("image_features", tensors["image_features"].shape())
         return self._run(context.enqueue, tensors["image_features"])
 
     def embed(self, input_ids: TokenIds) -> Array:
@@ -189,6 +190,7 @@ class TensorRTSession:
         self._send(tensors["input_ids"], input_ids, length)
         context = self._contexts["embedding", DECODE if length == 1 else PREFILL]
         context.shape("input_ids", (1, length))
+        context.check("inputs_embeds", tensors["inputs_embeds"].shape(length))
         return self._run(context.enqueue, tensors["inputs_embeds"], length)
 
     def decode(self, inputs_embeds: Array) -> Array:
@@ -206,6 +208,7 @@ class TensorRTSession:
             self._bind_cache(context)
         context.shape("inputs_embeds", tensors["inputs_embeds"].shape(new))
         context.shape("attention_mask", (1, attended))
+        context.check("logits", tensors["logits"].shape())
         work = context.enqueue if new > 1 else self._step(context, attended)
         logits = self._run(work, tensors["logits"])
         self._cache.written()

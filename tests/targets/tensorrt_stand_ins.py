@@ -160,6 +160,8 @@ class Engine:
         return SimpleNamespace(name=NAMES[parse_tensor(self.tensors[name])[0]])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name == "logits":  # its length is cut off by a slice that TensorRT leaves open
+            return (1, -1, int(parse_tensor(self.tensors[name])[1][2]))
         return tuple(-1 if isinstance(s, str) else s for s in parse_tensor(self.tensors[name])[1])
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
@@ -265,6 +267,22 @@ class Context:
         self.shapes[name] = tuple(shape)
         return True
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        lengths = self.lengths(self.shapes)
+        sizes = parse_tensor(self.engine.tensors[name])[1]
+        return tuple(lengths.get(s, -1) if isinstance(s, str) else s for s in sizes)
+
+    def lengths(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        """What the names of sizes stand for under these shapes of the inputs."""
+        return {
+            name: size
+            for tensor, shape in shapes.items()
+            for name, size in zip(
+                parse_tensor(self.engine.graph.inputs[tensor])[1], shape, strict=True
+            )
+            if isinstance(name, str)
+        }
+
     def execute_async_v3(self, stream: int) -> bool:
         assert stream in self.api.streams
         engine = self.engine
@@ -294,12 +312,7 @@ class Context:
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         """Run the ONNX graph on what lies at the addresses by now."""
         graph = self.engine.graph
-        lengths = {
-            name: size
-            for tensor, shape in shapes.items()
-            for name, size in zip(parse_tensor(graph.inputs[tensor])[1], shape, strict=True)
-            if isinstance(name, str)
-        }
+        lengths = self.lengths(shapes)
 
         def array(name: str) -> Any:
             dtype, sizes = parse_tensor(self.engine.tensors[name])

@@ -14,9 +14,10 @@ from fastvlm_export.targets.tensorrt_cuda import Cuda
 from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_session import TensorRTSession
 
+from .conftest import normal
 from .cuda_stand_in import CudaApi, Status
 from .tensorrt_bundles import Exported, export, pixels
-from .tensorrt_stand_ins import GPU, Engine, Location, Package
+from .tensorrt_stand_ins import GPU, Context, Engine, Location, Package
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,15 @@ def test_an_engine_of_another_plan_is_refused(
             exported.opens()
     with pytest.raises(ExportError, match="read from the host's memory"):
         exported.opens(change=lambda package: setattr(package, "location", Location.HOST))
+
+
+def test_an_output_of_another_shape_is_not_copied(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = exported.opens().session
+    monkeypatch.setattr(Context, "get_tensor_shape", lambda self, name: (1, 5, 259))
+    with pytest.raises(ExportError, match=r"gives logits of shape \[1, 5, 259\], not \[1, 1, 259"):
+        session.decode(normal(1, 5, 64))
 
 
 def test_a_driver_that_does_not_start_is_told() -> None:
