@@ -69,8 +69,9 @@ def ask(question: Question) -> Answer:
         )
     where = runtime(bundle)
     if not where.device:
+        the = "" if where.name.startswith("ONNX") else "the "
         messages.print(
-            f"Answered by the {where.name}: as the bundle says, not as fast as a device."
+            f"Answered by {the}{where.name}: as the bundle says, not as fast as a device."
         )
     tokens = generate(
         open_session(bundle),

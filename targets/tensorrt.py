@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LOWERING_PACKAGES = ("onnx", "onnxscript")
 REMEDY = packages.REMEDIES[Backend.RTX]
+STAND_IN = "onnxruntime"
+"""Runs the graphs of the engines where no GPU is."""
+
 CUDA = "cuda-bindings"
 CUDA_MODULE = "cuda.bindings"
 RUNTIME_PACKAGES = (*(packages.MODULES[one] for one in packages.installed()), CUDA_MODULE)
@@ -40,6 +43,8 @@ def availability() -> Availability:
     missing = [name for name in LOWERING_PACKAGES if name not in found]
     there = packages.installed()
     found |= {backend.value: packages.version(backend) for backend in there}
+    if find_spec(STAND_IN):
+        found[STAND_IN] = metadata.version(STAND_IN)
     if has_cuda():
         found[CUDA] = metadata.version(CUDA)
     missing += [] if there else [packages.MODULES[Backend.RTX]]
@@ -53,6 +58,8 @@ def availability() -> Availability:
     problem = device.driver_problem(there[0], packages.version(there[0]))
     if not problem and not has_cuda():
         problem = f"{CUDA} not found: {REMEDY}"
+    if problem and not find_spec(STAND_IN):
+        problem = f"{STAND_IN} not found, which proves the graphs here: {REMEDY}. {problem}"
     return Availability(lower=True, run=not problem, versions=found, remedy=problem)
 
 

@@ -28,6 +28,8 @@ FLOATS = ("float32", *HALVES)
 NO_ARITHMETIC = ("CONSTANT", "CAST", "SHAPE")
 """Types of layers that hold, convert or measure floats and compute nothing with them."""
 
+QUANTIZATION = ("QUANTIZE", "DEQUANTIZE")
+
 BITS = {
     onnx.TensorProto.INT4: 4,
     onnx.TensorProto.UINT4: 4,
@@ -138,7 +140,9 @@ def _computed_in(layer: Any) -> set[str]:
     """The float types among a layer's tensors; none where it computes with none of them."""
     if layer.type.name in NO_ARITHMETIC:
         return set()
-    tensors = [layer.get_input(i) for i in range(layer.num_inputs)]
+    # The parser gives a quantization its zero point, a third input, as a float32 zero.
+    counted = min(layer.num_inputs, 2) if layer.type.name in QUANTIZATION else layer.num_inputs
+    tensors = [layer.get_input(i) for i in range(counted)]
     tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
     return {type_name(one.dtype) for one in tensors if one is not None} & set(FLOATS)
 

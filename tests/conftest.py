@@ -76,3 +76,15 @@ def executorch_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def executorch_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another."""
     return shared.once(tmp_path_factory, "executorch-int4", shared.int4)
+
+
+@pytest.fixture(scope="session")
+def tensorrt_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the trained model with engines, for all workers: not to be changed."""
+    return shared.once(tmp_path_factory, "tensorrt-fp32", shared.tensorrt)
+
+
+@pytest.fixture(scope="session")
+def tensorrt_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another."""
+    return shared.once(tmp_path_factory, "tensorrt-int4", shared.tensorrt_int4)

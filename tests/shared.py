@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,16 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 def command_line(out: Path) -> None:
     """The bundled model in float32 on XNNPACK, as a user exports, proves and times it."""
-    options = ("--target", "executorch", "--out", out, "--runs", 1, "--json")
+    _exported("--target", "executorch", "--out", out, "--runs", 1, "--json")
+
+
+def tensorrt(out: Path) -> None:
+    """The bundled model in float32, its engines built for two generations of GPUs."""
+    capabilities = ("--compute-capability", "80,120")
+    _exported("--target", "tensorrt", *capabilities, "--out", out, "--runs", 1, "--json")
+
+
+def _exported(*options: object) -> None:
     done = subprocess.run(command(*options), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)["passed"]
@@ -38,12 +48,27 @@ def command_line(out: Path) -> None:
 
 def int4(out: Path) -> None:
     """The same with integers of 4 and 8 bits, proven on half as much, and not timed."""
+    _quantized(out, "executorch")
+
+
+def tensorrt_int4(out: Path) -> None:
+    """Likewise, as engines."""
+    _quantized(out, "tensorrt", compute_capabilities=("80", "120"))
+
+
+def _quantized(out: Path, target: str, **options: Any) -> None:
     from fastvlm_export.exporter import pipeline  # noqa: PLC0415 - most tests need nothing of it
     from fastvlm_export.exporter.source import SourceRequest  # noqa: PLC0415
+    from fastvlm_export.targets.base import Options  # noqa: PLC0415
     from fastvlm_export.validate import proof  # noqa: PLC0415
 
     request = pipeline.ExportRequest(
-        source=SourceRequest(), out=out, targets=("executorch",), recipe="int4", steps=32
+        source=SourceRequest(),
+        out=out,
+        targets=(target,),
+        recipe="int4",
+        steps=32,
+        options=Options(**options),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "QUESTIONS", 150)

@@ -175,6 +175,8 @@ class Report:
         """A sentence where the numbers are no device's; empty where they are."""
         if self.runtime is None or self.runtime.device:
             return ""
+        if self.engines:
+            return f"The artifact's numbers come from {self.runtime.name}, not from a GPU."
         return f"The artifact's numbers come from the {self.runtime.name}, not from a device."
 
     def to_dict(self) -> dict[str, object]:

@@ -6,11 +6,13 @@ installed parser once more, in a process of its own, and held against plan, mani
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from ..exporter.bundle import REPORT_FOLDER, Bundle
 from ..exporter.errors import ExportError
-from ..targets import TargetName, tensorrt_build, tensorrt_header
+from ..targets import TargetName, tensorrt, tensorrt_build, tensorrt_header
+from ..targets import tensorrt_device as device
 from ..targets import tensorrt_package as packages
 from ..targets.tensorrt_package import NAMES, Backend
 from ..targets.tensorrt_plan import GRAPHS, GraphPlan, Plan, parse_tensor, read_plan
@@ -23,6 +25,9 @@ from ..targets.tensorrt_record import (
     read_times,
 )
 from .checks import Check
+
+if TYPE_CHECKING:
+    from ..targets.tensorrt_inspect import EngineContents
 
 SHOWN = 3
 """Names in a check's message; the report lists every one."""
@@ -59,14 +64,14 @@ class GraphProof:
 class EngineProof:
     """All graphs of a bundle. `parsed` names the parser that has taken them in this very run.
 
-    `inspected` are the graphs whose engines a GPU has read back, with what it found.
+    `inspected` is what a driver has read back from the engines, by graph; `gpu` the one it has.
     """
 
     plan: Plan
     record: BuildRecord
     parsed: str
     graphs: Mapping[str, GraphProof]
-    inspected: tuple[str, ...] = ()
+    inspected: Mapping[str, "EngineContents"] = field(default_factory=dict)
     gpu: str = ""
 
     @property
@@ -127,7 +132,7 @@ class EngineProof:
             "passed": self.passed,
             "verdict": self.verdict,
             "on_gpu": {
-                "loaded_and_read_back": list(self.inspected),
+                "loaded_and_read_back": {k: one.to_dict() for k, one in self.inspected.items()},
                 "gpu": self.gpu or None,
                 "note": self.on_gpu,
             },
@@ -173,6 +178,7 @@ def engines(bundle: Bundle, say: Callable[[str], None] = lambda _: None) -> Engi
             f"{bundle.path}: the plan is for {plan.backend}, the engines are of {record.backend}.",
             "Build them by the plan: fastvlm-export build BUNDLE",
         )
+    inspected, gpu = _read_back(bundle, record, say)
     times = read_times(bundle.path / REPORT_FOLDER)
     parser = tensorrt_build.parser_for(plan.backend)
     graphs = {}
@@ -182,20 +188,37 @@ def engines(bundle: Bundle, say: Callable[[str], None] = lambda _: None) -> Engi
         if anew:
             network, effort = tensorrt_build.run(bundle.path, name, build=False, say=say)
             times.setdefault(name, effort)
-        checks, problems = _checked(bundle, plan, record, name, network, same=anew)
+        found = _found(bundle, plan, record, name, network, same=anew)
+        if name in inspected:
+            found["differences on the GPU"] = list(inspected[name].problems)
         graphs[name] = GraphProof(
             plan=plan.graphs[name],
             record=recorded,
             network=network,
             effort=times.get(name) if recorded.engine else None,
-            checks=checks,
-            problems=problems,
+            checks=tuple(Check(name=k, value=len(names), limit=0) for k, names in found.items()),
+            problems=tuple(one for names in found.values() for one in names),
         )
     parsed = f"{NAMES[parser]} {packages.version(parser)}" if parser else ""
-    return EngineProof(plan=plan, record=record, parsed=parsed, graphs=graphs)
+    return EngineProof(
+        plan=plan, record=record, parsed=parsed, graphs=graphs, inspected=inspected, gpu=gpu
+    )
 
 
-def _checked(
+def _read_back(
+    bundle: Bundle, record: BuildRecord, say: Callable[[str], None]
+) -> tuple[dict[str, "EngineContents"], str]:
+    """What the engines say of themselves where they can be loaded, and on which GPU that is."""
+    gpu = device.find_gpu()
+    if gpu is None or not record.built or not tensorrt.availability().run:
+        return {}, ""
+    from ..targets import tensorrt_inspect  # noqa: PLC0415 - imports TensorRT and CUDA
+
+    say(f"reading the engines back on {gpu.name}")
+    return {one.graph: one for one in tensorrt_inspect.read_back(bundle.path)}, gpu.name
+
+
+def _found(
     bundle: Bundle,
     plan: Plan,
     record: BuildRecord,
@@ -203,8 +226,8 @@ def _checked(
     network: Network | None,
     *,
     same: bool,
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Every check of one graph, and by name what they count."""
+) -> dict[str, list[str]]:
+    """Check of one graph -> what is wrong, by name; empty where it held."""
     graph, recorded = plan.graphs[name], record.graphs[name]
     found: dict[str, list[str]] = {
         "tensors unlike the manifest's": _interface(bundle, graph, name),
@@ -222,8 +245,7 @@ def _checked(
         found["facts unlike the record's"] = _facts(recorded.network, network)
     if recorded.engine is not None:
         found["flaws of the engine"] = list(_engine(bundle, record, name, network))
-    checks = tuple(Check(name=what, value=len(names), limit=0) for what, names in found.items())
-    return checks, tuple(one for names in found.values() for one in names)
+    return found
 
 
 def _comparable(record: BuildRecord) -> bool:

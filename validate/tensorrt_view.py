@@ -85,12 +85,20 @@ def notes(found: EngineProof) -> Iterator[str]:
     record = found.record
     if record.parser:
         lacks = f"; it lacks {', '.join(record.lacks)}" if record.lacks else ""
-        yield f"Built or parsed by {record.parser} {record.version}{lacks}."
+        done = "Built" if record.built else "Parsed, not built,"
+        yield f"{done} by {record.parser} {record.version}{lacks}."
     if found.parsed:
         yield f"Parsed anew for this report by {found.parsed}."
     else:
         yield "Not parsed anew for this report: no package of TensorRT is installed here."
     yield found.on_gpu
+    for name, one in found.inspected.items():
+        kinds = _some([f"{count} {kind}" for kind, count in one.kinds.items()])
+        yield (
+            f"On {found.gpu}, {name}: {one.layers} layers after fusion ({kinds}), "
+            f"{len(one.in_place)} outputs written in place, {size(one.device_memory_bytes)} of "
+            "its memory."
+        )
 
 
 def terminal(found: EngineProof) -> Group:

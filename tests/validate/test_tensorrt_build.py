@@ -10,8 +10,11 @@ import onnx
 import pytest
 
 from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.targets import tensorrt, tensorrt_device, tensorrt_inspect
 from fastvlm_export.targets import tensorrt_package as packages
 from fastvlm_export.targets.tensorrt_build import write_plan
+from fastvlm_export.targets.tensorrt_device import Gpu
+from fastvlm_export.targets.tensorrt_inspect import EngineContents
 from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_plan import PLAN, engine_file, onnx_file, read_plan
 from fastvlm_export.targets.tensorrt_record import RECORD
@@ -58,7 +61,7 @@ def test_what_was_built_by_the_plan_holds(whole: Path) -> None:
         json.dumps(Report(source="s", target="tensorrt", recipe="fp32", engines=proof).to_dict())
     )
     assert told["engines"]["passed"]
-    assert told["engines"]["on_gpu"]["loaded_and_read_back"] == []
+    assert told["engines"]["on_gpu"]["loaded_and_read_back"] == {}
     assert told["engines"]["graphs"]["decoder"]["network"]["layers"] > 6
 
 
@@ -182,3 +185,28 @@ def test_a_report_fails_with_its_engines(bundle: Path) -> None:
     )
     assert not report.passed
     assert "not what they should be: vision" in report.verdict
+
+
+def test_on_a_gpu_the_engines_are_read_back(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the driver: what it reads is gated, and told."""
+    gpu = Gpu(name="NVIDIA Test", capability="80", driver=13000, memory_bytes=1 << 33)
+    ready = tensorrt.availability()
+    monkeypatch.setattr(tensorrt_device, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(tensorrt, "availability", lambda: dataclasses.replace(ready, run=True))
+    flaws: list[tuple[str, ...]] = [(), ("it has 1 profiles, not 2",)]
+
+    def read_back(_: Path) -> tuple[EngineContents, ...]:
+        problems = flaws.pop(0)
+        return tuple(
+            EngineContents(graph=name, layers=3, kinds={"gemm": 3}, problems=problems)
+            for name in ("vision", "embedding", "decoder")
+        )
+
+    monkeypatch.setattr(tensorrt_inspect, "read_back", read_back)
+    proof = found(whole)
+    assert proof.passed
+    assert "They were loaded on NVIDIA Test and read back: as planned." in proof.verdict
+    assert "vision: 3 layers after fusion" in " ".join(tensorrt_view.notes(proof))
+    broken = found(whole)
+    assert failed(broken, "decoder") == {"differences on the GPU"}
+    assert "it has 1 profiles, not 2" in broken.verdict
