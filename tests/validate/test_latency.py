@@ -421,37 +421,3 @@ def test_the_onnx_session_and_the_worker_leave_pytorch_out():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-GPU_CLOCK = """
-    how = "Toy GPU, CUDA graphs"
-    spent = 0.0
-    def take_device_seconds(self):
-        spent, self.spent = self.spent, 0.0
-        return spent
-"""
-
-
-def test_a_gpus_own_clock_is_told_beside_the_parts(bundle, runtime, tmp_path):
-    runtime(fault="self.spent += 0.25")
-    worker = tmp_path / "toy_worker.py"
-    text = worker.read_text()
-    text = text.replace("class Session:\n", f"class Session:{GPU_CLOCK}")
-    text = text.replace(
-        "self.length += ", "self.spent += 0.5 if embeds.shape[1] > 1 else 0.125; self.length += "
-    )
-    worker.write_text(text)
-    ours = latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK).subjects[0]
-    told = {name: timing.seconds for name, timing in ours.on_device.items()}
-    assert told == {"encode": (0.25,) * 3, "prefill": (0.5,) * 3, "decode": (0.5,) * 3}
-    assert ours.to_dict()["on_device"]["decode"]["p50"] == 0.5
-    for part in ("Toy GPU, CUDA graphs", "encode 250 ms", "prefill 500 ms", "125 ms a token"):
-        assert part in ours.setting
-
-
-def test_a_runtime_without_such_a_clock_tells_none(bundle, runtime):
-    runtime()
-    ours = latency.measure([subject(bundle)], IMAGE, PROMPT, QUICK).subjects[0]
-    assert ours.on_device == {}
-    assert ours.to_dict()["on_device"] == {}
-    assert "clock" not in ours.setting
