@@ -17,7 +17,7 @@ from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_plan import PLAN, engine_file, onnx_file, read_plan
 from fastvlm_export.targets.tensorrt_record import RECORD, read_record
 
-from ..targets import tensorrt_toys as toys
+from ..targets import tensorrt_bundles as toys
 from .commands import Run, bad
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

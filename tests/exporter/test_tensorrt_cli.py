@@ -16,7 +16,7 @@ from fastvlm_export.targets.tensorrt_plan import PLAN, engine_file, read_plan
 from fastvlm_export.targets.tensorrt_record import RECORD, read_record
 from fastvlm_export.validate import proof
 
-from ..targets import tensorrt_toys as toys
+from ..targets import tensorrt_bundles as toys
 from .commands import Run, bad
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

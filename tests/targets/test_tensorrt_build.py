@@ -25,7 +25,7 @@ from fastvlm_export.targets.tensorrt_record import (
     read_times,
 )
 
-from . import tensorrt_toys as toys
+from . import tensorrt_bundles as toys
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 

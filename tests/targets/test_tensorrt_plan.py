@@ -18,7 +18,7 @@ from fastvlm_export.targets.tensorrt_plan import (
     read_plan,
 )
 
-from . import tensorrt_toys as toys
+from . import tensorrt_bundles as toys
 
 
 def test_the_same_plan_comes_back_and_is_the_same_bytes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fastvlm_export.validate import tensorrt_view
 from fastvlm_export.validate.report import Report
 from fastvlm_export.validate.tensorrt_build import EngineProof, engines
 
-from ..targets import tensorrt_toys as toys
+from ..targets import tensorrt_bundles as toys
 from .reports import parity_result
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
