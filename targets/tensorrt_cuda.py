@@ -16,12 +16,17 @@ from numpy.typing import DTypeLike, NDArray
 from ..exporter.errors import ExportError
 
 OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation
+OLD_DRIVER: Final = 35  # cudaErrorInsufficientDriver: older than these bindings, or not there
 _NON_BLOCKING: Final = 1  # cudaStreamNonBlocking: does not wait for the default stream
 _DEFAULT: Final = 0
 
 MEMORY_HINT = (
     "Close what else uses the GPU (nvidia-smi lists it), or export with a smaller --context or a "
     "recipe of fewer bits."
+)
+DRIVER_HINT = (
+    "Install a newer driver (https://www.nvidia.com/drivers), or the cuda-bindings of the driver's "
+    "own CUDA, which nvidia-smi names: pip install 'cuda-bindings==12.*'"
 )
 BINDINGS_HINT = "Get them: pip install 'fastvlm-export[tensorrt]'"
 
@@ -152,7 +157,9 @@ class Cuda:
         text = described.decode() if isinstance(described, bytes) else str(described)
         return ExportError(
             f"The GPU failed in {name}: {text} (CUDA error {int(status)}).",
-            "See what the driver says: nvidia-smi. If it is well, please report this.",
+            DRIVER_HINT
+            if int(status) == OLD_DRIVER
+            else "See what the driver says: nvidia-smi. If it is well, please report this.",
         )
 
     def _memory(self) -> tuple[int, int]:

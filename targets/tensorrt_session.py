@@ -108,6 +108,7 @@ class TensorRTSession:
         version = tensorrt_package.version(self.plan.backend)
         self.gpu = gpu or gpu_for(self.plan, version, bundle.path)
         self._cuda = cuda or Cuda()
+        free, _ = self._cuda.free_memory()
         self._kernels = Kernels(bundle, self.plan, version, self.gpu)
         weakref.finalize(self, _close, self._cuda, self._kernels)
         loader = Loader(self.package, self.plan, bundle.path, version=version, gpu=self.gpu)
@@ -127,6 +128,7 @@ class TensorRTSession:
             for graph, plan in self.plan.graphs.items()
             for profile in plan.profiles
         }
+        self.gpu_memory_bytes = free - self._cuda.free_memory()[0]
         self._graphs: dict[tuple[int, int], Any] = {}
         self.device_seconds = 0.0
         self.graph_problem = ""
@@ -167,7 +169,8 @@ class TensorRTSession:
             "CUDA graphs" if not self.graph_problem else f"no CUDA graph ({self.graph_problem})"
         )
         cache = "cache in place" if self._cache.in_place else "cache in two sets"
-        return f"{self.gpu.name}, {replay}, {cache}"
+        memory = f"{self.gpu_memory_bytes / 2**20:.0f} MiB of its memory"
+        return f"{self.gpu.name}, {memory}, {replay}, {cache}"
 
     def take_device_seconds(self) -> float:
         """Seconds that the GPU computed since the last call, by events around the engines alone."""
@@ -279,8 +282,10 @@ class TensorRTSession:
 
 def _close(cuda: Cuda, kernels: Kernels) -> None:
     """Keep what was compiled, free what was taken; at the session's end or the process's."""
-    kernels.save()
-    cuda.close()
+    try:
+        kernels.save()
+    finally:
+        cuda.close()
 
 
 def _present(name: str) -> str:

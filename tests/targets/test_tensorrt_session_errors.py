@@ -159,8 +159,12 @@ def test_an_output_of_another_shape_is_not_copied(
 
 
 def test_a_driver_that_does_not_start_is_told() -> None:
-    with pytest.raises(ExportError, match="cudaSetDevice: no driver \\(CUDA error 35\\)"):
+    with pytest.raises(ExportError, match=r"cudaSetDevice: no driver \(CUDA error 35\)") as caught:
         Cuda(CudaApi(set_device=35))
+    assert "newer driver" in caught.value.hint
+    with pytest.raises(ExportError, match=r"CUDA error 700\)") as caught:
+        Cuda(CudaApi(set_device=700))
+    assert "nvidia-smi" in caught.value.hint
 
 
 def test_without_a_driver_a_bundle_is_refused_before_anything_is_read(
