@@ -12,7 +12,7 @@ from fastvlm_export.targets.tensorrt_engine import Loader
 from fastvlm_export.targets.tensorrt_inspect import read_back
 
 from .cuda_stand_in import CudaApi
-from .tensorrt_bundles import Exported, export
+from .tensorrt_opened import Exported, export
 from .tensorrt_stand_ins import GPU, Engine, Package
 
 

@@ -15,7 +15,7 @@ from fastvlm_export.targets.tensorrt_package import Backend
 
 from .conftest import normal, worst
 from .cuda_stand_in import CudaApi
-from .tensorrt_bundles import CONTEXT, Exported, export, ids, pixels
+from .tensorrt_opened import CONTEXT, Exported, export, ids, pixels
 from .tensorrt_stand_ins import RUN_SECONDS
 
 CLOSE = 2e-5

@@ -16,7 +16,7 @@ from fastvlm_export.targets.tensorrt_session import TensorRTSession
 
 from .conftest import normal
 from .cuda_stand_in import CudaApi, Status
-from .tensorrt_bundles import Exported, export, pixels
+from .tensorrt_opened import Exported, export, pixels
 from .tensorrt_stand_ins import GPU, Context, Engine, Location, Package
 
 
