@@ -124,9 +124,9 @@ class TensorRTSession:
         }
         self._cache = Cache(self._cuda, self.plan.graphs["decoder"], self._engines["decoder"])
         self._contexts = {
-            (graph, profile.name): self._prepare(loader, graph, profile.name)
-            for graph, plan in self.plan.graphs.items()
-            for profile in plan.profiles
+            (graph, use): self._prepare(loader, graph, use)
+            for graph in GRAPHS
+            for use in ((STATIC,) if graph == "vision" else (PREFILL, DECODE))
         }
         self.gpu_memory_bytes = free - self._cuda.free_memory()[0]
         self._graphs: dict[tuple[int, int], Any] = {}
@@ -144,16 +144,16 @@ class TensorRTSession:
             )
         return engine
 
-    def _prepare(self, loader: Loader, graph: str, profile: str) -> Context:
-        """The context of a profile, every tensor at its place."""
+    def _prepare(self, loader: Loader, graph: str, use: str) -> Context:
+        """The context for a use, under the profile of its name or the only one there is."""
         engine = self._engines[graph]
-        numbers = [one.name for one in self.plan.graphs[graph].profiles]
+        names = [one.name for one in self.plan.graphs[graph].profiles]
         context = Context(
             loader,
             engine,
-            numbers.index(profile),
+            names.index(use) if use in names else 0,
             self._cuda,
-            graphs=profile in (DECODE, STATIC) and (graph != "decoder" or self._cache.in_place),
+            graphs=use in (DECODE, STATIC) and (graph != "decoder" or self._cache.in_place),
             kernels=self._kernels.of(graph, engine),
         )
         for name, tensor in self._tensors[graph].items():
