@@ -26,6 +26,7 @@ which are static under `affine`, too, get the ranges that they have beside stati
 Under float16 the activations' scales are numbers that float16 has, unless it cannot hold them, all
 biases are plain float, and the dequantize operators say in `out_dtype` what they make, for
 `half.to_half` to change: runtimes that compute in float16 have scales in float16 and take no int32.
+Under bfloat16 likewise, with its numbers.
 The weights' integers are those of float32.
 """
 
@@ -45,6 +46,7 @@ from .ops import AFFINE
 from .quiet import quiet_import
 from .ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, QUANTIZE, survives_half
 from .recipes import Float, Recipe
+from .retype import TYPES
 from .vision_layers import CONV, LARGEST_BIAS, LINEAR, VisionLayer, layer_name, vision_layers
 
 with quiet_import():
@@ -66,7 +68,7 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
 
     def __init__(self, layers: Sequence[VisionLayer], recipe: Recipe) -> None:
         self.layers = layers
-        self.half = recipe.float_format is Float.FP16
+        self.narrow = recipe.float_format is not Float.FP32
         self.unsigned, self.around_zero = unsigned(recipe), around_zero(recipe)
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -76,7 +78,7 @@ class _VisionQuantizer(Quantizer):  # type: ignore[misc]
             activation = self.around_zero if layer.symmetric else self.unsigned
             integer = layer.static and layer.node.target is CONV
             weights = _constant(model, weight)
-            biased = bias if integer and not (self.half or layer.symmetric) else None
+            biased = bias if integer and not (self.narrow or layer.symmetric) else None
             biases = None if biased is None else _constant(model, biased)
             # In this order: torchao derives each only from those before it.
             specs: dict[Node, Any] = {x: activation} if layer.static else {}
@@ -190,8 +192,8 @@ def integer_vision(
     converted = convert_pt2e(prepared)
     _name_constants(converted)
     _round_at_run_time(converted, affine, recipe)
-    if recipe.float_format is Float.FP16:
-        _fit_half(converted)
+    if recipe.float_format is not Float.FP32:
+        _fit(converted, TYPES[recipe.float_format])
     return dataclasses.replace(graph, module=converted)
 
 
@@ -247,14 +249,14 @@ def _integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return integers, scale[:, None]
 
 
-def _fit_half(model: GraphModule) -> None:
-    """Round the activations' scales to float16, and name the type that is dequantized to."""
+def _fit(model: GraphModule, dtype: torch.dtype) -> None:
+    """Round the activations' scales to a 16-bit type, and name the one that is dequantized to."""
     for node in model.graph.nodes:
         if str(node.target) in (QUANTIZE, DEQUANTIZE_TENSOR):
             x, scale, *rest = node.args
             exact = torch.tensor(scale, dtype=torch.float32)
-            if survives_half(exact):
-                node.args = (x, float(exact.half()), *rest)
+            if dtype is torch.bfloat16 or survives_half(exact):
+                node.args = (x, float(exact.to(dtype)), *rest)
         if str(node.target) in (DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT):
             node.kwargs = {**node.kwargs, "out_dtype": torch.float32}
     model.recompile()

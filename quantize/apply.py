@@ -16,10 +16,12 @@ from ..exporter.model.decoder import CacheInputsDecoder
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.prompt import prompt_ids
 from ..exporter.spec import ExportSpec
+from . import fp8
 from .calibration import Calibration, pixels
 from .palettes import palettize, without
 from .ranges import OpRange
 from .recipes import Float, Method, Part, Recipe
+from .retype import to_bfloat16
 from .weights import LayerRecord, quantize_decoder
 
 ANSWER_TOKENS = 8  # of the model's own greedy answer, so that calibration sees decoding, too
@@ -68,7 +70,7 @@ class Quantized:
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether a recipe has to see images: static ranges, GPTQ, or the range scan of fp16."""
+    """Whether a recipe has to see images: static ranges, fp8's, GPTQ, or the range scan of fp16."""
     return (
         recipe.float_format is Float.FP16
         or recipe.ranged
@@ -86,10 +88,12 @@ def quantize(
     if shown and _decoder_is_calibrated(recipe):
         sequences = decoder_inputs(model, shown, spec, say)
     layers: tuple[LayerRecord, ...] = ()
-    rest = without(recipe)
+    rest = fp8.without(without(recipe))
     if any(p.bits for p in recipe.precisions):
+        scales = fp8.input_scales(model, recipe, shown, sequences, say) if recipe.fp8 else {}
         layers = quantize_decoder(model.decoder, rest, sequences, say)
         layers += palettize(model, recipe, say)
+        layers += fp8.replace_layers(model, recipe, scales, say)
     built = graphs.build(
         model,
         resolution=spec.preprocessing.resolution,
@@ -105,6 +109,8 @@ def quantize(
         if recipe.float_format is Float.FP16:
             batches = _batches(graph, shown, sequences, spec)
             programs[name], kept[name] = _half(graph, batches, recipe, say)
+        elif recipe.float_format is Float.BF16:
+            programs[name] = to_bfloat16(graph)
         else:
             programs[name] = graphs.export_program(graph)
     return Quantized(
@@ -133,8 +139,10 @@ def _has_bits(recipe: Recipe, part: Part) -> bool:
 
 
 def _decoder_is_calibrated(recipe: Recipe) -> bool:
-    return recipe.float_format is Float.FP16 or any(
-        p.bits and p.method is Method.GPTQ for p in recipe.precisions
+    return (
+        recipe.float_format is Float.FP16
+        or recipe.fp8
+        or any(p.bits and p.method is Method.GPTQ for p in recipe.precisions)
     )
 
 

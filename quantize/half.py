@@ -10,23 +10,14 @@ Integers stay what they are, and only the floats around them become fp16: an int
 its bias, what its `dequantize` makes and what its `quantize` reads.
 """
 
-import copy
-import dataclasses
 import math
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import Graph as FxGraph
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
+from torch.fx import Node
 
 from ..exporter.errors import ExportError
 from ..exporter.graphs import Graph, export_program
@@ -41,11 +32,9 @@ from .ranges import (
     scan,
     survives_half,
 )
+from .retype import CACHE, Widening, rebuilt, traced_in
 
 LARGEST = torch.finfo(torch.float16).max  # 65504
-
-CACHE = ("past_key_values", "present")
-"""Interface tensors with these prefixes are fp16; every other floating-point one is float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +64,13 @@ def to_half(
     ranges = scan(wide, batches, say)
     _refuse_broken(graph.name, ranges)
     _refuse_cache(graph, wide, ranges, limit)
-    program = export_program(_traceable(graph))
+    program = traced_in(graph, torch.float16)
     _check_same(wide, program)
-    widening = _Widening(graph, program, wide, _names_to_keep(wide, ranges, limit))
+    widening = Widening(graph, program, wide, _names_to_keep(wide, ranges, limit), torch.float16)
     widening.run()
     kept = tuple(r for r in ranges if r.node in widening.kept)
     say(f"{graph.name}: {len(kept)} of {len(ranges)} operators stay in float32")
-    return Half(program=_rebuilt(program), kept=kept, ranges=ranges)
+    return Half(program=rebuilt(program), kept=kept, ranges=ranges)
 
 
 def _refuse_broken(name: str, ranges: Sequence[OpRange]) -> None:
@@ -110,30 +99,6 @@ def _refuse_cache(
             f"A cache in fp16 ends at {LARGEST:.0f}, below values of {', '.join(beyond)}.",
             'Use a recipe with float = "fp32".',
         )
-
-
-def _traceable(graph: Graph) -> Graph:
-    """The graph with an fp16 copy of its module and inputs; no other tensor is copied."""
-    memo: dict[int, Any] = {}
-    for tensor in (*graph.module.parameters(), *graph.module.buffers()):
-        memo[id(tensor)] = tensor
-        if tensor.dtype is torch.float32:
-            half = tensor.detach().half()
-            parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(half, requires_grad=False) if parameter else half
-    inputs = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in graph.inputs.items()
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
-        module = copy.deepcopy(graph.module, memo)
-    if isinstance(module, GraphModule):
-        for node in module.graph.nodes:  # `activations.integer_vision`'s, which names the type
-            if node.kwargs.get("out_dtype") is torch.float32:
-                node.update_kwarg("out_dtype", torch.float16)
-        module.recompile()
-    return dataclasses.replace(graph, module=module, inputs=inputs)
 
 
 def _check_same(wide: ExportedProgram, half: ExportedProgram) -> None:
@@ -189,144 +154,3 @@ def _around(program: ExportedProgram, names: set[str]) -> set[str]:
         if behind or (before and readers and names.issuperset(readers)):
             found.add(node.name)
     return found
-
-
-class _Widening:
-    """Moves the operators named `names` of an fp16 program to float32, in place."""
-
-    def __init__(
-        self, graph: Graph, program: ExportedProgram, wide: ExportedProgram, names: set[str]
-    ) -> None:
-        self.program = program
-        self.fx: FxGraph = program.graph
-        self.names = names
-        self.kept: set[str] = set()
-        self.casts: dict[tuple[Node, torch.dtype], Node] = {}
-        self.wanted = {n: _dtype(n) for n in self.fx.nodes}
-        self.weights = dict(zip(_lifted_names(program), lifted(wide), strict=True))
-        self.inputs = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))
-        self.outputs = graph.outputs
-        self.first = next(n for n in self.fx.nodes if n.op != "placeholder")
-
-    def run(self) -> None:
-        for node in list(self.fx.nodes):
-            if node.target is torch.ops.aten._assert_tensor_metadata.default:
-                self.fx.erase_node(node)  # about the types as they were traced
-            elif node.op == "placeholder":
-                self._place(node)
-            elif node.op == "output":
-                self._hand_over(node)
-            else:
-                self._connect(node)
-        self.fx.lint()
-        self.program.graph_module.recompile()
-
-    def _place(self, node: Node) -> None:
-        """Inputs by the interface; weights in float32 where every reader is."""
-        if _dtype(node) is not torch.float16:
-            return
-        if node.name in self.inputs:
-            if not self.inputs[node.name].startswith(CACHE):
-                _set_dtype(node, torch.float32)
-        elif node.users and all(user.name in self.names for user in node.users):
-            _set_dtype(node, torch.float32)
-            _store(self.program, node.name, self.weights[node.name])
-
-    def _connect(self, node: Node) -> None:
-        """Give an operator its inputs in the type that it computes in."""
-        if node.name not in self.names:
-            node.args = map_aggregate(node.args, lambda a: self._as(a, self._traced(a)))
-            node.kwargs = map_aggregate(node.kwargs, lambda a: self._as(a, self._traced(a)))
-            return
-        read = any(self._traced(n) is torch.float16 for n in node.all_input_nodes)
-        if read or _dtype(node) is torch.float16:
-            self.kept.add(node.name)
-        node.args = map_aggregate(node.args, self._widened)
-        node.kwargs = map_aggregate(node.kwargs, self._widened)
-        _set_dtype(node, torch.float32)
-
-    def _hand_over(self, node: Node) -> None:
-        values: Any = node.args[0]
-        dtypes = [
-            torch.float16 if name.startswith(CACHE) else torch.float32 for name in self.outputs
-        ]
-        new = tuple(self._as(v, dtype) for v, dtype in zip(values, dtypes, strict=True))
-        node.args = (new,)
-        for spec, value in zip(self.program.graph_signature.output_specs, new, strict=True):
-            if spec.kind is not OutputKind.USER_OUTPUT:
-                raise RuntimeError(f"{spec.target} is changed by the program")
-            spec.arg.name = value.name
-        node.meta["val"] = tuple(v.meta["val"] for v in new)
-
-    def _traced(self, value: Any) -> torch.dtype | None:
-        return self.wanted.get(value) if isinstance(value, Node) else None
-
-    def _widened(self, value: Any) -> Any:
-        if value is torch.float16:
-            return torch.float32
-        return self._as(value, torch.float32)
-
-    def _as(self, value: Any, dtype: torch.dtype | None) -> Any:
-        """The value in that type: itself, or the one cast of it that all its readers share."""
-        found = _dtype(value) if isinstance(value, Node) else None
-        if found is None or dtype is None or found is dtype or not found.is_floating_point:
-            return value
-        if (value, dtype) not in self.casts:
-            after = self.first if value.op == "placeholder" else value.next
-            with self.fx.inserting_before(after):
-                cast = self.fx.call_function(torch.ops.aten._to_copy.default, (value,))
-            cast.kwargs = {"dtype": dtype}
-            cast.meta = {k: v for k, v in value.meta.items() if k != "tensor_meta"}
-            _set_dtype(cast, dtype)
-            self.casts[value, dtype] = cast
-        return self.casts[value, dtype]
-
-
-def _lifted_names(program: ExportedProgram) -> list[str]:
-    return [
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if spec.kind is not InputKind.USER_INPUT
-    ]
-
-
-def _dtype(node: Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else None
-
-
-def _set_dtype(node: Node, dtype: torch.dtype) -> None:
-    """Make the node's floating-point values, as its metadata tells them, of that type."""
-    node.meta["val"] = pytree.tree_map_only(
-        Tensor, lambda v: v.to(dtype) if v.is_floating_point() else v, node.meta["val"]
-    )
-    node.meta.pop("tensor_meta", None)
-
-
-def _store(program: ExportedProgram, placeholder: str, value: Tensor) -> None:
-    """Replace the weight that a placeholder takes."""
-    for spec in program.graph_signature.input_specs:
-        if spec.arg.name == placeholder:
-            kept = program.state_dict if spec.target in program.state_dict else program.constants
-            kept[str(spec.target)] = value
-
-
-def _rebuilt(program: ExportedProgram) -> ExportedProgram:
-    """The same program, checked anew, with example inputs of the types that it now takes."""
-    types = {n.name: _dtype(n) for n in program.graph.nodes if n.op == "placeholder"}
-    args, kwargs = program.example_inputs
-    flat, spec = pytree.tree_flatten(args)
-    examples = [
-        x.to(types[name]) for x, name in zip(flat, program.graph_signature.user_inputs, strict=True)
-    ]
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=(pytree.tree_unflatten(examples, spec), kwargs),
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )

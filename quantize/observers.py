@@ -47,11 +47,11 @@ class _AroundZero:
     torchao's own would divide by 127.5 where integers are -128..127, and clip the largest value.
     """
 
-    quant_max: int
+    largest: float = 127
     eps: Tensor
 
     def _calculate_qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.maximum(low.abs(), high.abs()).reshape(1) / self.quant_max
+        scale = torch.maximum(low.abs(), high.abs()).reshape(1) / self.largest
         return scale.maximum(self.eps), torch.zeros(1, dtype=torch.int64)
 
 
@@ -92,6 +92,15 @@ def around_zero(recipe: Recipe) -> Any:
         quant_max=127,
         qscheme=torch.per_tensor_symmetric,
     )
+
+
+def of_floats(recipe: Recipe, largest: float) -> Any:
+    """An observer whose scale takes its range to floats of at most that magnitude."""
+    found = _around_zero(recipe)(
+        dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_symmetric
+    )
+    found.largest = largest
+    return found
 
 
 def _around_zero(recipe: Recipe) -> Any:

@@ -109,6 +109,44 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max  # 448
+
+
+def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight * its channel's scale: float8_e4m3fn [N,K], scale [N] -> [N,K] of the scale's type."""
+    return weight.to(scale.dtype) * scale[:, None]
+
+
+def round_fp8(x: Tensor, input_scale: float) -> Tensor:
+    """x / s, cut at +-448 and rounded to the nearest float8_e4m3fn, half to even; times s.
+
+    In the type of x, and in float32 until there is a float8.
+    """
+    eight = (x.float() / input_scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
+    return (eight.float() * input_scale).to(x.dtype)
+
+
+def cut_fp8(x: Tensor, input_scale: float) -> Tensor:
+    """What `round_fp8` would make of real numbers: nothing beyond 448 s."""
+    return x.clamp(-LARGEST_FP8 * input_scale, LARGEST_FP8 * input_scale)
+
+
+@torch.library.custom_op("fastvlm::fp8_linear", mutates_args=())
+def fp8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: float
+) -> Tensor:
+    """round_fp8(x, input_scale) @ dequantize_fp8(weight, scale)' + bias.
+
+    x [...,K] float; weight [N,K] float8_e4m3fn; scale [N] and bias [N] (or None) of x's type.
+    """
+    return F.linear(round_fp8(x, input_scale), dequantize_fp8(weight, scale), bias)
+
+
+@fp8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: float) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @torch.library.custom_op("fastvlm::quantized_embedding", mutates_args=())
 def quantized_embedding(
     input_ids: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int

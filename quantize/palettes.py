@@ -6,7 +6,6 @@ the head. Depthwise convolutions and the stem's 3x3 hold next to no weights and 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from ..exporter.errors import ExportError
 from ..exporter.model.fastvithd import SqueezeExcite
 from ..exporter.model.fastvlm import FastVLM
+from . import recipes
 from .kmeans import cluster
 from .ops import lookup, palettized_embedding
 from .recipe_layers import undivided
@@ -99,18 +99,7 @@ class PaletteEmbedding(_Palettized):
 
 def without(recipe: Recipe) -> Recipe:
     """The rest of the recipe: what it palettizes stays float."""
-
-    def kept(precision: Precision) -> Precision:
-        return Precision() if precision.palettized else precision
-
-    return replace(
-        recipe,
-        vision=kept(recipe.vision),
-        embedding=kept(recipe.embedding),
-        decoder=kept(recipe.decoder),
-        head=kept(recipe.head),
-        layers=tuple(replace(rule, precision=kept(rule.precision)) for rule in recipe.layers),
-    )
+    return recipes.without(recipe, lambda precision: precision.palettized)
 
 
 def layer_rows(model: FastVLM) -> dict[str, int]:

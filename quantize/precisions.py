@@ -9,6 +9,7 @@ class Float(StrEnum):
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
 
 
 class Part(StrEnum):
@@ -53,6 +54,16 @@ class ScaleFormat(StrEnum):
     BF16 = "bf16"
 
 
+class NumberFormat(StrEnum):
+    """What quantized weights and activations are: integers, or floats of 8 bits.
+
+    `fp8` is e4m3 without infinities (`torch.float8_e4m3fn`): up to 448, four bits of a value.
+    """
+
+    INTEGER = "integer"
+    FP8 = "fp8"
+
+
 METHODS = {
     Part.VISION: (Method.RTN, Method.PALETTE),
     Part.EMBEDDING: (Method.RTN, Method.HQQ, Method.PALETTE),
@@ -77,6 +88,9 @@ ACTIVATIONS = {
 }
 """The tower sees images like those of the calibration; a decoder's tokens differ too much."""
 
+FP8_ACTIVATIONS = (Activations.SYMMETRIC,)
+"""Beside fp8 weights, for every part: a float's steps shrink with it, so one scale will do."""
+
 FIXED = (Activations.STATIC, Activations.SYMMETRIC)
 """Activations whose range is fixed on calibration images."""
 
@@ -84,6 +98,13 @@ SCALE_FORMATS = {
     part: (ScaleFormat.FLOAT,) if part is Part.VISION else tuple(ScaleFormat) for part in Part
 }
 """Convolutions have no groups, and their biases' scales are products with the weights'."""
+
+
+FORMATS = {
+    part: (NumberFormat.INTEGER,) if part is Part.EMBEDDING else tuple(NumberFormat)
+    for part in Part
+}
+"""fp8 is for products, of which a table has none."""
 
 
 class Observer(StrEnum):
@@ -107,6 +128,10 @@ class Precision:
     `affine` ones have one scale and zero point per token (`ops.round_affine`). A convolution knows
     no tokens: where a vision layer of `affine` activations is one, they are `static`.
 
+    Under the `fp8` format weights are floats of 8 bits with one scale per output channel, and so
+    are activations, `symmetric` ones in every part; only linear layers are quantized, convolutions
+    stay as they are. `group_size`, `symmetric`, `method` and `scale_format` stay as they are here.
+
     Under `palette` a weight is an index of `bits` bits into a table of 2^bits floats, which
     `group_size` consecutive output channels share; None: all of the layer. Activations are `float`,
     and `symmetric` and `scale_format` say nothing: they stay as they are here.
@@ -119,6 +144,12 @@ class Precision:
     activations: Activations = Activations.FLOAT
     activation_bits: int = 8
     scale_format: ScaleFormat = ScaleFormat.FLOAT
+    number_format: NumberFormat = NumberFormat.INTEGER
+
+    @property
+    def fp8(self) -> bool:
+        """Whether weights are floats of 8 bits."""
+        return self.bits is not None and self.number_format is NumberFormat.FP8
 
     @property
     def palettized(self) -> bool:

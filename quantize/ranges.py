@@ -12,11 +12,14 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from .ops import LARGEST_FP8
+
 # By name: torch knows these operators only once somebody imported what defines them.
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE_TENSOR = "quantized_decomposed.dequantize_per_tensor.default"
 DEQUANTIZE_WEIGHT = "quantized_decomposed.dequantize_per_channel.default"
 LOOKUP = "fastvlm.lookup.default"
+FP8_LINEAR = "fastvlm.fp8_linear.default"
 QUANTIZED_LINEAR = "fastvlm.quantized_linear.default"
 
 WEIGHT_ERROR = 2.0**-8
@@ -113,9 +116,15 @@ def _operator(node: Node) -> str:
 
 def is_float(node: Node) -> bool:
     """Whether the node's value is a floating-point tensor, or has any inside."""
-    return any(
-        isinstance(value, Tensor) and value.is_floating_point()
-        for value in pytree.tree_leaves(node.meta.get("val"))
+    return any(map(_is_wide, pytree.tree_leaves(node.meta.get("val"))))
+
+
+def _is_wide(value: Any) -> bool:
+    """Whether it is a tensor of floats that may be stored in other types: not fp8."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dtype is not torch.float8_e4m3fn
     )
 
 
@@ -129,7 +138,7 @@ def magnitude(value: Any) -> float:
     """max|x| over the floating-point tensors in a value, in one pass over each."""
     found = []
     for x in pytree.tree_leaves(value):
-        if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+        if _is_wide(x) and x.numel():
             low, high = torch.aminmax(x)
             found.append(torch.maximum(low.abs(), high.abs()).item())
     return larger(found)
@@ -171,6 +180,8 @@ def _inside(node: Node, args: tuple[Any, ...], value: Any) -> float:
     if str(node.target) == QUANTIZED_LINEAR:
         scale, bits = args[2], args[5]  # weights may be stored as floats: |q - zero point| < 2^bits
         return float(magnitude(scale) * 2**bits)
+    if str(node.target) == FP8_LINEAR:
+        return float(magnitude(args[2]) * LARGEST_FP8)
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return _scores(args[0], args[1])
     if str(node.target) == "fastvlm.cached_attention.default":

@@ -2,7 +2,7 @@
 
 name = "mine"              # default: the file's name without .toml
 base = "int4"              # a built-in recipe to start from; default: float32 everywhere
-float = "fp32"             # or "fp16": the format of all that is no integer
+float = "fp32"             # or "fp16", "bf16": the format of all that is no integer
 observer = "percentile"    # or "minmax", "histogram": for static and symmetric activations
 percentile = 99.999        # in percent, for that observer
 range_limit = 32752.0      # under "fp16": operators above it stay in float32
@@ -17,6 +17,7 @@ activations = "dynamic"    # or "affine", "float"; in tower and projector "stati
                            # zero point) or "float"
 activation_bits = 8
 scale_format = "float"     # or "bf16", not in tower and projector: what scales are rounded to
+format = "integer"         # or "fp8", not for the embedding: see below
 
 [[layers]]                 # the last rule that matches a layer counts
 pattern = "decoder.layers.0.mlp.*"
@@ -35,6 +36,10 @@ accuracy_points = 1.5
 # group_size = 16          # output channels that share a table; "tensor": all of a layer
 # Activations are "float", and there is no symmetric or scale_format. With a method of the other
 # kind than the base's, bits alone is the base's where it is unset.
+#
+# format = "fp8" means floats of 8 bits (e4m3), one scale for an output channel and one, from
+# calibration, for what enters. Only bits, activations ("symmetric") and activation_bits are there
+# beside it, and need not be said. Linear layers alone are quantized so.
 """
 
 import dataclasses
@@ -46,6 +51,8 @@ from ..exporter.errors import ExportError
 from . import recipes
 from .recipes import (
     ACTIVATIONS,
+    FORMATS,
+    FP8_ACTIVATIONS,
     METHODS,
     PALETTE_BITS,
     RECIPES,
@@ -55,6 +62,7 @@ from .recipes import (
     LayerRule,
     LossLimits,
     Method,
+    NumberFormat,
     Observer,
     Part,
     Precision,
@@ -71,7 +79,10 @@ LARGEST_GROUP = 65536
 LARGEST_FP16 = 65504.0
 SHOWN_PROBLEMS = 20
 
-_PRECISION = tuple(field.name for field in dataclasses.fields(Precision))
+_KEYS = {"number_format": "format"}
+"""Fields that a file calls otherwise."""
+_PRECISION = tuple(_KEYS.get(f.name, f.name) for f in dataclasses.fields(Precision))
+_FP8 = Precision(bits=8, number_format=NumberFormat.FP8, activations=FP8_ACTIVATIONS[0])
 _LIMITS = tuple(field.name for field in dataclasses.fields(LossLimits))
 _TOP = (
     *("name", "base", "float", "observer", "percentile", "range_limit"),
@@ -156,6 +167,12 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
         return Precision()
     who = parts[0] if len(parts) == 1 else None
     why = f" (all that {who} layers can have)" if who else ""
+    formats = FORMATS[who] if who else tuple(NumberFormat)
+    kind = table.choice("format", formats, start.number_format, why)
+    if kind is NumberFormat.FP8:
+        return _floats(table)
+    if start.fp8:
+        start = Precision(bits=start.bits)  # the rest means something else there
     method = table.choice("method", METHODS[who] if who else tuple(Method), start.method, why)
     tables = method is Method.PALETTE
     if tables is not (start.method is Method.PALETTE):
@@ -186,6 +203,21 @@ def _precision(table: Table, parts: tuple[Part, ...], start: Precision) -> Preci
     if "activation_bits" in table and found.activations is Activations.FLOAT and not wrong:
         table.complain("activation_bits", f'needs {table.name("activations")} other than "float"')
     return found
+
+
+def _floats(table: Table) -> Precision:
+    """The precision of fp8, and a complaint about each key that is for integers."""
+    for name in ("group_size", "symmetric", "method", "scale_format"):
+        if name in table:
+            whole = f'{table.name("format")} = "integer"'
+            table.complain(name, f"says nothing about fp8: leave it out, or set {whole}")
+    why = " (all there is with fp8)"
+    return dataclasses.replace(
+        _FP8,
+        bits=table.choice("bits", (8,), 8, why),
+        activations=table.choice("activations", FP8_ACTIVATIONS, _FP8.activations, why),
+        activation_bits=table.choice("activation_bits", _ACTIVATION_BITS, 8, why),
+    )
 
 
 def _without_scales(table: Table, found: Precision) -> Precision:
@@ -224,7 +256,7 @@ def _limits(table: Table, recipe: Recipe) -> LossLimits | None:
     bits = [precision.bits for precision in recipe.precisions if precision.bits]
     like = recipe.float_format.value
     if bits:
-        like = "int4" if min(bits) <= FEW_BITS else "int8"
+        like = "int4" if min(bits) <= FEW_BITS else "fp8" if recipe.fp8 else "int8"
     usual = RECIPES[like].limits
     if usual is None:
         if not table.values:
@@ -281,6 +313,8 @@ def write(recipe: Recipe) -> str:
             lines += ["", f"[{part}]", *_written(precision)]
     for rule in recipe.layers:
         lines += ["", "[[layers]]", f"pattern = {json.dumps(rule.pattern)}"]
+        if recipe.fp8 and rule.precision.bits and not rule.precision.fp8:
+            lines.append(f"format = {shown(NumberFormat.INTEGER)}")  # its part's may be fp8
         lines += _written(rule.precision) if rule.precision.bits else ["keep = true"]
     if recipe.limits:
         limits = dataclasses.asdict(recipe.limits)
@@ -290,6 +324,11 @@ def write(recipe: Recipe) -> str:
 
 def _written(precision: Precision) -> list[str]:
     values = dataclasses.asdict(precision)
+    values["format"] = values.pop("number_format")
+    if precision.fp8:
+        values = {name: values[name] for name in ("format", "bits", "activations")}
+        return [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    del values["format"]
     if precision.group_size is None:
         values["group_size"] = PER_TENSOR if precision.palettized else PER_CHANNEL
     if precision.palettized:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -11,12 +11,15 @@ from ..exporter.errors import ExportError
 from .precisions import (
     ACTIVATIONS,
     FIXED,
+    FORMATS,
+    FP8_ACTIVATIONS,
     METHODS,
     PALETTE_BITS,
     SCALE_FORMATS,
     Activations,
     Float,
     Method,
+    NumberFormat,
     Observer,
     Part,
     Precision,
@@ -28,6 +31,8 @@ __all__ = [
     "ACTIVATIONS",
     "EMBEDDING",
     "FIXED",
+    "FORMATS",
+    "FP8_ACTIVATIONS",
     "HEAD",
     "METHODS",
     "PALETTE_BITS",
@@ -38,6 +43,7 @@ __all__ = [
     "LayerRule",
     "LossLimits",
     "Method",
+    "NumberFormat",
     "Observer",
     "Part",
     "Precision",
@@ -49,6 +55,7 @@ __all__ = [
     "parts_of",
     "recorded",
     "rule_key",
+    "without",
 ]
 
 HEAD = "decoder.lm_head"
@@ -138,6 +145,11 @@ class Recipe:
         return any(precision.palettized for precision in self.precisions)
 
     @property
+    def fp8(self) -> bool:
+        """Whether a layer may get weights and activations in fp8."""
+        return any(precision.fp8 for precision in self.precisions)
+
+    @property
     def precisions(self) -> tuple[Precision, ...]:
         """Every precision that some layer may have."""
         return tuple(setting.precision for setting in self.settings)
@@ -194,6 +206,7 @@ def _precision(values: Mapping[str, Any]) -> Precision:
         "activations": Activations(values["activations"]),
         # Manifests from before there was another have none.
         "scale_format": ScaleFormat(values.get("scale_format", ScaleFormat.FLOAT)),
+        "number_format": NumberFormat(values.get("number_format", NumberFormat.INTEGER)),
     }
     return _typed(Precision(**{**values, **typed}))
 
@@ -208,6 +221,24 @@ def _typed(instance: T) -> T:
         if not isinstance(value, allowed) or isinstance(value, bool) is not (wanted is bool):
             raise TypeError(f"{name} is {value!r}, not {wanted}")
     return instance
+
+
+def without(recipe: Recipe, other: Callable[[Precision], bool]) -> Recipe:
+    """The recipe with all float whose precision is of the other kind."""
+
+    def kept(precision: Precision) -> Precision:
+        return Precision() if other(precision) else precision
+
+    return dataclasses.replace(
+        recipe,
+        vision=kept(recipe.vision),
+        embedding=kept(recipe.embedding),
+        decoder=kept(recipe.decoder),
+        head=kept(recipe.head),
+        layers=tuple(
+            dataclasses.replace(rule, precision=kept(rule.precision)) for rule in recipe.layers
+        ),
+    )
 
 
 def part_of(layer: str) -> Part:
@@ -250,6 +281,9 @@ _DYNAMIC = Precision(bits=8, activations=Activations.DYNAMIC)
 # where indices have 4 bits; with 6 bits more tables gain nothing that the task's answers show.
 _LUT4 = Precision(bits=4, group_size=16, method=Method.PALETTE)
 _LUT6 = Precision(bits=6, method=Method.PALETTE)
+# Around bfloat16: next to fp8's roundings its own are nothing, and no operator has to stay in
+# float32 for its range, where kernels that compute in fp8 would have to hand over.
+_FP8 = Precision(bits=8, number_format=NumberFormat.FP8, activations=Activations.SYMMETRIC)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -292,6 +326,19 @@ RECIPES: dict[str, Recipe] = {
             embedding=_LUT6,
             decoder=_LUT6,
             head=_LUT6,
+            limits=LossLimits(mean_kl=0.05, accuracy_points=1.0),
+        ),
+        Recipe(
+            name="bf16",
+            float_format=Float.BF16,
+            limits=LossLimits(mean_kl=0.02, accuracy_points=1.0),
+        ),
+        Recipe(
+            name="fp8",
+            float_format=Float.BF16,
+            vision=_FP8,
+            decoder=_FP8,
+            head=_FP8,
             limits=LossLimits(mean_kl=0.05, accuracy_points=1.0),
         ),
     )

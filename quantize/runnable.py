@@ -16,11 +16,21 @@ from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from .ops import dequantize, round_activations, to_integers
-from .ranges import DEQUANTIZE_TENSOR, QUANTIZE, QUANTIZED_LINEAR, lifted
+from .ops import (
+    cut_fp8,
+    dequantize,
+    dequantize_fp8,
+    round_activations,
+    round_fp8,
+    to_integers,
+)
+from .ranges import DEQUANTIZE_TENSOR, FP8_LINEAR, QUANTIZE, QUANTIZED_LINEAR, lifted
 
 Runnable = Callable[..., tuple[Tensor, ...]]
 
+
+NARROW = (torch.float16, torch.bfloat16)
+"""Types whose values are rounded, but not computed with."""
 
 Move = Callable[[Tensor], Tensor]
 _MOVE: ContextVar[Move | None] = ContextVar("_MOVE", default=None)
@@ -44,7 +54,7 @@ def runnable(program: ExportedProgram, *, exact: bool = False) -> Runnable:
     """The program's own operators in PyTorch; integer weights are dequantized once, not per run.
 
     Takes the program's inputs and returns all outputs. Both are of the program's types, but with
-    `exact` float32 where those are float16. See `Float32Interpreter` for what is rounded.
+    `exact` float32 where those are 16-bit. See `Float32Interpreter` for what is rounded.
     """
     interpreter = Float32Interpreter(program, exact=exact)
     values = {n.name: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
@@ -61,15 +71,16 @@ def runnable(program: ExportedProgram, *, exact: bool = False) -> Runnable:
 
 
 class Float32Interpreter(Interpreter):
-    """Runs a program in float32, with float16's meaning or without any rounding.
+    """Runs a program in float32, with a 16-bit type's meaning or without any rounding.
 
-    Values that the program stores in float16 are float32 tensors of numbers that float16 has;
-    beyond 65504 they are infinite. Sums inside an operator are float32, as in the runtimes. A
-    weight of integers with float16 scales is such a value, too: rounded, once it is dequantized.
+    Values that the program stores in float16 or bfloat16 are float32 tensors of numbers that those
+    have; beyond 65504 float16's are infinite. Sums inside an operator are float32, as in the
+    runtimes. A weight of integers with 16-bit scales is such a value, too: rounded, once it is
+    dequantized.
     PyTorch's own float16 convolutions would take 40 to 80 times as long.
 
     `exact` rounds nothing, so that another runtime's exact run computes the same real numbers:
-    float16 means float32, quantize is clamp(x / scale + zero point), and activations that are
+    16 bits mean float32, quantize is clamp(x / scale + zero point), and activations that are
     rounded at run time are not.
 
     What depends on weights alone is computed once, here.
@@ -78,6 +89,7 @@ class Float32Interpreter(Interpreter):
     def __init__(self, program: ExportedProgram, *, exact: bool = False) -> None:
         graph = copy.deepcopy(program.graph)
         _split_linear(graph, exact)
+        _split_fp8(graph, exact)
         super().__init__(program.graph_module, graph=graph)
         self.exact = exact
         self.constants = self._constants([_widened(x) for x in lifted(program)])
@@ -101,9 +113,10 @@ class Float32Interpreter(Interpreter):
         }
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operator that makes float16 makes float32 here; with `exact` no integers are made."""
+        """An operator that makes 16 bits makes float32 here; with `exact` no integers are made."""
         move = _MOVE.get()
-        if move and not self.exact and (target is round_activations or str(target) == QUANTIZE):
+        rounds = target in (round_activations, round_fp8) or str(target) == QUANTIZE
+        if move and not self.exact and rounds:
             args = (move(args[0]), *args[1:])
         if str(target) in (EXACT if self.exact else TYPED):
             return (EXACT if self.exact else TYPED)[str(target)](*args)
@@ -154,14 +167,31 @@ def _split_linear(graph: FxGraph, exact: bool) -> None:
         graph.erase_node(node)
 
 
+def _split_fp8(graph: FxGraph, exact: bool) -> None:
+    """fp8_linear -> dequantize_fp8, round_fp8 and a linear layer; each rounds to its type."""
+    for node in list(graph.nodes):
+        if str(node.target) != FP8_LINEAR:
+            continue
+        x, weight, scale, bias, input_scale = node.args
+        with graph.inserting_before(node):
+            weights = graph.call_function(dequantize_fp8, (weight, scale))
+            weights.meta["val"] = scale.meta["val"]  # of the type, not the shape
+            entering = graph.call_function(cut_fp8 if exact else round_fp8, (x, input_scale))
+            entering.meta["val"] = x.meta["val"]
+            linear = graph.call_function(F.linear, (entering, weights, bias))
+        linear.meta = node.meta
+        node.replace_all_uses_with(linear)
+        graph.erase_node(node)
+
+
 def _wide_type(value: Any) -> Any:
-    return torch.float32 if value is torch.float16 else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
 def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype is torch.float16 else x
+    return x.float() if x.dtype in NARROW else x
 
 
 def _rounded(x: Any, as_traced: Any) -> Any:
-    half = isinstance(as_traced, Tensor) and as_traced.dtype is torch.float16
-    return x.half().float() if half else x
+    narrow = isinstance(as_traced, Tensor) and as_traced.dtype in NARROW
+    return x.to(as_traced.dtype).float() if narrow else x

@@ -1,8 +1,8 @@
 """Single layers of a float model as a recipe would have them, put in place and taken out again.
 
 The modules compute with the very integers and ranges that an export would pack: they are taken from
-the quantized vision graph and the quantized decoder, GPTQ's choices among them, and from the
-palettized model.
+the quantized vision graph and the quantized decoder, GPTQ's choices among them, and from the model
+with lookup tables and fp8.
 """
 
 import copy
@@ -20,6 +20,7 @@ from ..exporter import graphs
 from ..exporter.model.decoder import Decoder
 from ..exporter.model.fastvlm import FastVLM
 from ..exporter.spec import ExportSpec
+from . import fp8
 from .activations import DEQUANTIZE, QUANTIZED, quantize_vision
 from .apply import decoder_inputs, same_weights
 from .ops import to_integers
@@ -120,9 +121,15 @@ def variants(
     In the order of the network. `shown` are calibration images [1,3,R,R]. A reparameterized model;
     it is not changed, and the variants share its biases.
     """
-    names, rest = layer_names(model), without(recipe)
+    names, rest = layer_names(model), fp8.without(without(recipe))
     changed = same_weights(model)  # static ranges are taken behind lookup tables, as by `quantize`
     records = palettize(changed, recipe, say)
+    precisions = [rest.precision(layer) for layer in layer_widths(model.decoder)]
+    calibrated = recipe.fp8 or any(p.bits and p.method is Method.GPTQ for p in precisions)
+    sequences = decoder_inputs(model, shown, spec, say) if calibrated else []
+    if recipe.fp8:
+        scales = fp8.input_scales(model, recipe, shown, sequences, say)
+        records += fp8.replace_layers(changed, recipe, scales, say)
     found = {record.layer: changed.get_submodule(record.layer) for record in records}
     if any(rest.precision(name).bits for name in names if _is_vision(name)):
         built = graphs.build(
@@ -133,9 +140,6 @@ def variants(
         )
         say("quantize vision")
         found |= _vision(model, quantize_vision(built["vision"], rest, shown, say))
-    precisions = [rest.precision(layer) for layer in layer_widths(model.decoder)]
-    calibrated = any(p.bits and p.method is Method.GPTQ for p in precisions)
-    sequences = decoder_inputs(model, shown, spec, say) if calibrated else []
     decoder = same_weights(model.decoder)
     quantize_decoder(decoder, rest, sequences, say)
     found |= _decoder(decoder)

@@ -24,6 +24,7 @@ from .recipes import (
     METHODS,
     Activations,
     Method,
+    NumberFormat,
     Precision,
     Recipe,
     part_of,
@@ -113,6 +114,7 @@ class LayerRecord:
     group_size: int | None
     method: Method
     error: float
+    number_format: NumberFormat = NumberFormat.INTEGER
 
 
 def layer_names(model: FastVLM) -> list[str]:

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..quantize.recipe_file import PER_CHANNEL
-from ..quantize.recipes import Activations, LayerRule, Method, Part, Precision, Recipe, Setting
+from ..quantize.recipes import (
+    Activations,
+    LayerRule,
+    Method,
+    NumberFormat,
+    Part,
+    Precision,
+    Recipe,
+    Setting,
+)
 from ..quantize.toml_file import shown
 from . import coreml_recipes
 
@@ -81,6 +90,10 @@ def _line(key: str, value: object, can: str) -> str:
 def _setting_problems(setting: Setting, where: str = "") -> Iterator[str]:
     key, precision = setting.key, setting.precision
     if precision.bits is None:
+        return
+    if precision.fp8:
+        can = f"{shown(NumberFormat.INTEGER)}{where or ' there'}: MLX knows no such floats"
+        yield _line(f"{key}.format", precision.number_format, can)
         return
     if precision.palettized:
         yield _line(f"{key}.method", precision.method, f"no lookup tables{where or ' there'}: MLX")

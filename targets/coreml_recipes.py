@@ -10,6 +10,7 @@ from ..quantize.recipes import (
     RECIPES,
     Activations,
     Float,
+    NumberFormat,
     Part,
     Precision,
     Recipe,
@@ -66,6 +67,8 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None) -> list[str]:
             line for part in setting.parts for line in _setting_problems(setting, part)
         )
     ]
+    if recipe.float_format is Float.BF16:
+        found.insert(0, _line("float", recipe.float_format, '"fp32" or "fp16"'))
     return found + list(_width_problems(recipe, layers or {}))
 
 
@@ -76,6 +79,9 @@ def _line(key: str, value: object, can: str) -> str:
 def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
     key, precision = setting.key, setting.precision
     if precision.bits is None or precision.palettized:
+        return
+    if precision.fp8:
+        yield _line(f"{key}.format", precision.number_format, shown(NumberFormat.INTEGER))
         return
     if precision.bits not in BITS or (part is Part.VISION and precision.bits != 8):
         can = "8 bits for the vision part" if part is Part.VISION else "4 or 8 bits"

@@ -9,6 +9,7 @@ from ..quantize.recipes import (
     RECIPES,
     Activations,
     Float,
+    NumberFormat,
     Part,
     Precision,
     Recipe,
@@ -59,7 +60,7 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None, backend: Backend)
     if backend is Backend.COREML:
         return coreml_recipes.problems(recipe, layers)
     found = []
-    if recipe.float_format is Float.FP16:
+    if recipe.float_format is not Float.FP32:
         found.append(_line("float", recipe.float_format, '"fp32"', backend))
     found += [
         line
@@ -84,6 +85,9 @@ def _setting_problems(setting: Setting, part: Part, backend: Backend) -> Iterato
 
     if backend is not Backend.XNNPACK:
         yield line("bits", precision.bits, "no integer weights")
+        return
+    if precision.fp8:
+        yield line("format", precision.number_format, shown(NumberFormat.INTEGER))
         return
     if precision.palettized:
         yield line("method", precision.method, "no lookup tables")

@@ -12,6 +12,7 @@ from ..quantize.recipes import (
     Activations,
     Float,
     Method,
+    NumberFormat,
     Part,
     Precision,
     Recipe,
@@ -44,7 +45,9 @@ def problems(recipe: Recipe, layers: Mapping[str, int] | None, *, tied: bool = F
     head's weights are the embedding table's.
     """
     found = [line for setting in recipe.settings for line in _setting_problems(setting)]
-    if recipe.float_format is Float.FP16 and any(
+    if recipe.float_format is Float.BF16:
+        found.append(_line("float", "bf16", '"fp32" or "fp16"'))
+    elif recipe.float_format is Float.FP16 and any(
         p.bits and not p.palettized for p in recipe.precisions
     ):
         found.append(_line("float", "fp16", '"fp32" around integer weights'))
@@ -73,6 +76,9 @@ def _setting_problems(setting: Setting) -> Iterator[str]:
 
 def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
     key, precision = setting.key, setting.precision
+    if precision.fp8:
+        yield _line(f"{key}.format", precision.number_format, shown(NumberFormat.INTEGER))
+        return
     if precision.palettized:  # the rest means other things there
         scales = [method for method in METHODS[part] if method is not Method.PALETTE]
         yield _line(f"{key}.method", precision.method, _alternatives(scales))

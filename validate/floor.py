@@ -4,9 +4,9 @@ Where activations are rounded, one that is next to a boundary falls on the other
 difference of one part in 10^7, and the whole step travels on. How far it gets depends on the model:
 deep towers, and random weights above all, amplify it. No artifact can be nearer to its reference
 than the reference is to itself, so this is measured, and the limits leave room for it. What sets
-artifacts apart before that is one rounding of the format in between: float32's, or float16's. It is
-added to the inputs, and float32's wherever activations are rounded, because pixels are so far from
-their boundaries that the first rounding often takes the whole noise away.
+artifacts apart before that is one rounding of the format in between: float32's, or that of 16 bits.
+It is added to the inputs, and float32's wherever activations are rounded, because pixels are so far
+from their boundaries that the first rounding often takes the whole noise away.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from .limits import Limits
 from .parity import ParityResult, Scope, Stage, compare
 from .recording import Progress, Recording
 
-MOVES = {Float.FP32: 2e-7, Float.FP16: 2.0**-11}
-"""Standard deviation in parts of each value: two roundings of float32, one of float16."""
+MOVES = {Float.FP32: 2e-7, Float.FP16: 2.0**-11, Float.BF16: 2.0**-8}
+"""Standard deviation in parts of each value: two roundings of float32, one of 16 bits."""
 ROOM = 2.0  # of an amplitude; both runs are draws of the same noise, and the worst of a few varies
 ROOM_OF_ONE = (
     4.0  # where one position decides: the worst KL varied by 7 = 2.6^2 between eight draws

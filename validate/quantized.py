@@ -11,6 +11,7 @@ import numpy as np
 from ..quantize.recipes import (
     Activations,
     Float,
+    NumberFormat,
     Observer,
     Part,
     Precision,
@@ -54,6 +55,7 @@ class LayerGroup:
     group_size: int | None
     method: str
     error: float
+    number_format: NumberFormat = NumberFormat.INTEGER
 
 
 def loss_rows(loss: "QuantizationLoss") -> list[Row]:
@@ -114,6 +116,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
 def _words(precision: Precision) -> str:
     if precision.bits is None:
         return "not quantized"
+    if precision.fp8:
+        return "fp8 weights per channel; static fp8 activations (linear layers)"
     if precision.palettized:
         sharing = f"{precision.group_size} channels" if precision.group_size else "layer"
         return f"{precision.bits}-bit indices, one lookup table for each {sharing}"
@@ -132,7 +136,7 @@ def layer_groups(layers: Sequence["LayerRecord"]) -> list[LayerGroup]:
     groups: dict[tuple[object, ...], list[LayerRecord]] = {}
     for layer in layers:
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.layer)
-        key = (kind, layer.bits, layer.group_size, layer.method)
+        key = (kind, layer.bits, layer.group_size, layer.method, layer.number_format)
         groups.setdefault(key, []).append(layer)
     return [
         LayerGroup(
@@ -142,6 +146,7 @@ def layer_groups(layers: Sequence["LayerRecord"]) -> list[LayerGroup]:
             group_size=found[0].group_size,
             method=str(found[0].method),
             error=float(np.max([layer.error for layer in found])),
+            number_format=found[0].number_format,
         )
         for (kind, *_), found in groups.items()
     ]

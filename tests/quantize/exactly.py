@@ -42,6 +42,12 @@ def float64(
             layer.register_forward_pre_hook(lambda _, x, ends=entering: x[0].clamp(*ends))
         if leaving is not None:
             layer.register_forward_hook(lambda _, x, y, ends=leaving: y.clamp(*ends))
+    for program in programs.values():
+        for name, scale in floats_of_8_bits(program).items():
+            most = 448 * scale
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, x, most=most: x[0].clamp(-most, most)
+            )
     built = graphs.build(model, resolution=64, context=context, image_token_id=10**6)
     decoder = built["decoder"].module
     constants = programs["decoder"].constants
@@ -51,7 +57,11 @@ def float64(
 
 def weights(program: ExportedProgram) -> dict[str, Tensor]:
     """Every weight and bias in float64, (integer - zero point) * scale where it is stored so."""
-    stored = {name: x.numpy() for name, x in {**program.constants, **program.state_dict}.items()}
+    stored = {
+        # NumPy has neither of these.
+        name: (x.float() if x.dtype in (torch.bfloat16, torch.float8_e4m3fn) else x).numpy()
+        for name, x in {**program.constants, **program.state_dict}.items()
+    }
     found = {}
     for name, values in stored.items():
         layer, _, leaf = name.rpartition(".")
@@ -94,6 +104,17 @@ def rounded_ranges(program: ExportedProgram) -> dict[str, tuple[Ends, Ends]]:
             ends(leaving[0]) if leaving else None,
         )
     return found
+
+
+def floats_of_8_bits(program: ExportedProgram) -> dict[str, float]:
+    """By layer, the scale of what enters it in fp8."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    return {
+        names[behind_casts(node.args[1]).name].removesuffix(".weight"): node.args[4]
+        for node in program.graph.nodes
+        if str(node.target) == "fastvlm.fp8_linear.default"
+    }
 
 
 def behind_casts(node: Any) -> Any:

@@ -69,6 +69,7 @@ INT8, INT4 = (
     )
     for name, layers in (("int8", _EIGHT), ("int4", _FOUR))
 )
+BRAIN_INT8 = dataclasses.replace(INT8, name="int8-bf16", float_format=Float.BF16)
 WEIGHTS = Recipe(
     name="weights",
     float_format=Float.FP16,

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from fastvlm_export.quantize.recipes import (
     ACTIVATIONS,
+    FORMATS,
+    FP8_ACTIVATIONS,
     METHODS,
     PALETTE_BITS,
     RECIPES,
@@ -14,6 +16,7 @@ from fastvlm_export.quantize.recipes import (
     LayerRule,
     LossLimits,
     Method,
+    NumberFormat,
     Observer,
     Part,
     Precision,
@@ -49,7 +52,11 @@ def precisions(part: Part) -> st.SearchStrategy[Precision]:
         group_size=st.none() | st.integers(1, 65536),
         method=st.just(Method.PALETTE),
     )
-    return st.just(Precision()) | quantized | tables
+    floats = st.just(
+        Precision(bits=8, number_format=NumberFormat.FP8, activations=FP8_ACTIVATIONS[0])
+    )
+    found = st.just(Precision()) | quantized | tables
+    return found | floats if NumberFormat.FP8 in FORMATS[part] else found
 
 
 def rules(part: Part) -> st.SearchStrategy[LayerRule]:

@@ -14,10 +14,19 @@ from fastvlm_export.targets.base import Array
 from fastvlm_export.targets.eager import ProgramSession
 
 from .exactly import float64
-from .halves import INT4, INT8, WEIGHTS, error, quantized, shown, small
+from .halves import BRAIN_INT8, INT4, INT8, WEIGHTS, error, quantized, shown, small
 
 CLOSE = 1e-5
-RECIPE = [RECIPES["fp16"], INT8, INT4, WEIGHTS, RECIPES["int8"]]
+RECIPE = [
+    RECIPES["fp16"],
+    RECIPES["bf16"],
+    RECIPES["fp8"],
+    BRAIN_INT8,
+    INT8,
+    INT4,
+    WEIGHTS,
+    RECIPES["int8"],
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPE, ids=lambda r: f"{r.name}-{r.float_format}")

@@ -155,17 +155,20 @@ def test_rules_that_match_no_layer() -> None:
 
 
 def test_built_in_recipes() -> None:
-    assert list(RECIPES) == ["fp32", "fp16", "int8", "int4", "lut4", "lut6"]
+    assert list(RECIPES) == ["fp32", "fp16", "int8", "int4", "lut4", "lut6", "bf16", "fp8"]
     assert [name for name, recipe in RECIPES.items() if recipe.quantized] == [
         "fp16",
         "int8",
         "int4",
         "lut4",
         "lut6",
+        "bf16",
+        "fp8",
     ]
     assert RECIPES["fp32"].limits is None
     assert RECIPES["fp16"].float_format is Float.FP16
-    for name in ("fp16", "int8", "int4", "lut4", "lut6"):
+    assert RECIPES["bf16"].float_format is Float.BF16
+    for name in ("fp16", "int8", "int4", "lut4", "lut6", "bf16", "fp8"):
         limits = get(name).limits
         assert limits is not None
         assert 0 < limits.mean_kl < 1
@@ -173,7 +176,7 @@ def test_built_in_recipes() -> None:
         for part in Part:
             used = recipe.precision(example(part))
             static = used.activations is Activations.STATIC
-            scaled = used.bits is not None and not used.palettized
+            scaled = used.bits is not None and not (used.palettized or used.fp8)
             assert static == (part is Part.VISION and scaled)
         assert recipe.palettized == (recipe.name in ("lut4", "lut6"))
 

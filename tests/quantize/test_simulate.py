@@ -17,6 +17,7 @@ from fastvlm_export.quantize.recipes import (
     Activations,
     LayerRule,
     Method,
+    NumberFormat,
     Observer,
     Precision,
     Recipe,
@@ -82,13 +83,33 @@ def tied() -> Simulation:
     return simulation(RECIPES["int4"], tied=True)
 
 
-@pytest.fixture(scope="module", params=["int4, tied", "mixed, untied", "tables, tied"])
+EIGHT = Precision(bits=8, number_format=NumberFormat.FP8, activations=Activations.SYMMETRIC)
+FLOATS = Recipe(
+    name="floats",
+    vision=EIGHT,
+    embedding=Precision(bits=8),
+    decoder=EIGHT,
+    head=EIGHT,
+    layers=(
+        LayerRule(pattern="decoder.layers.1.*", precision=Precision(bits=8)),
+        LayerRule(
+            pattern="vision_tower.network.0.*",
+            precision=Precision(bits=8, activations=Activations.STATIC),
+        ),
+    ),
+)
+
+
+@pytest.fixture(
+    scope="module", params=["int4, tied", "mixed, untied", "tables, tied", "floats, tied"]
+)
 def any_simulation(request: pytest.FixtureRequest, tied: Simulation) -> Iterator[Simulation]:
     if request.param == "int4, tied":
         yield tied
     else:
-        recipe = MIXED if request.param == "mixed, untied" else TABLES
-        yield simulation(recipe, tied=recipe is TABLES)
+        recipes = {"mixed, untied": MIXED, "tables, tied": TABLES, "floats, tied": FLOATS}
+        recipe = recipes[request.param]
+        yield simulation(recipe, tied=recipe is not MIXED)
 
 
 def state(model: FastVLM) -> dict[str, tuple[int, bytes]]:

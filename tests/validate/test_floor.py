@@ -31,7 +31,9 @@ def test_a_float_model_has_a_floor_of_float_rounding_and_keeps_its_limits():
     assert opened == FLOAT32
 
 
-@pytest.mark.parametrize(("half", "size"), [(Float.FP32, 2e-7), (Float.FP16, 2.0**-11)])
+@pytest.mark.parametrize(
+    ("half", "size"), [(Float.FP32, 2e-7), (Float.FP16, 2.0**-11), (Float.BF16, 2.0**-8)]
+)
 def test_inputs_move_by_one_rounding_of_the_floats_in_between(half, size):
     seen = []
 
@@ -91,6 +93,8 @@ def test_nan_opens_nothing():
         (RECIPES["fp16"], False),
         (RECIPES["int8"], True),
         (RECIPES["int4"], True),
+        (RECIPES["bf16"], False),
+        (RECIPES["fp8"], True),
         (Recipe(name="weights", decoder=Precision(bits=4, group_size=32)), False),
         (Recipe(name="none", decoder=Precision(activations=Activations.DYNAMIC)), False),
     ],

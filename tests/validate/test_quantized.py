@@ -7,6 +7,7 @@ from fastvlm_export.quantize.recipes import (
     RECIPES,
     Activations,
     LayerRule,
+    NumberFormat,
     Observer,
     Precision,
     Recipe,
@@ -36,6 +37,13 @@ def test_a_layer_with_other_bits_keeps_its_name():
         "decoder.layers.1.mlp.up_proj",
         "decoder.lm_head",
     ]
+
+
+def test_integers_and_floats_of_8_bits_are_two_lines():
+    layers = [replace(layer, bits=8) for layer in record().layers[:2]]
+    mixed = (layers[0], replace(layers[1], number_format=NumberFormat.FP8))
+    groups = quantized.layer_groups(mixed)
+    assert [group.number_format for group in groups] == [NumberFormat.INTEGER, NumberFormat.FP8]
 
 
 def test_an_error_that_is_no_number_is_not_hidden_by_others():
@@ -74,6 +82,14 @@ def test_recipes_in_words():
     assert "in groups of 16, with zero points" in facts["*.fc1"]
     assert facts["static ranges"] == "percentile, 99.9 % of the values"
     assert quantized.recipe_facts(RECIPES["fp16"])["float32 beyond"] == "32752"
+    facts = quantized.recipe_facts(RECIPES["fp8"])
+    assert (facts["floats"], facts["embedding"]) == ("bf16", "not quantized")
+    assert facts["decoder"] == "fp8 weights per channel; static fp8 activations (linear layers)"
+    assert facts["static ranges"] == "minmax"
+    symmetric = Precision(bits=8, activations=Activations.SYMMETRIC)
+    facts = quantized.recipe_facts(Recipe(name="symmetric", vision=symmetric))
+    assert facts["vision"].endswith("; symmetric 8-bit activations")
+    assert facts["static ranges"] == "minmax"
 
 
 def test_the_rows_of_the_loss_begin_with_its_gates():
