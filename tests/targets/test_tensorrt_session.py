@@ -3,6 +3,7 @@
 CUDA and TensorRT are stood in for (see `tensorrt_stand_ins`); numbers are PyTorch's.
 """
 
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -219,3 +220,16 @@ def test_compiled_kernels_are_kept_for_the_next_process(
     assert tensorrt_kernels.forget(bundle, exported.plan)
     assert not list(cache_folder.rglob("*.kernels"))
     del again
+
+
+def test_one_profile_can_serve_prefill_and_decoding(exported: Exported) -> None:
+    graphs = {
+        name: dataclasses.replace(graph, profiles=graph.profiles[:1])
+        for name, graph in exported.plan.graphs.items()
+    }
+    plan = dataclasses.replace(exported.plan, graphs=graphs)
+    ours, eager = dataclasses.replace(exported, plan=plan).opens().session, exported.eager
+    eager.reset()
+    for step, new in enumerate((30, 1, 1, 5, 1)):
+        embeds = normal(1, new, 64, seed=step)
+        assert worst(ours.decode(embeds), eager.decode(embeds)) < CLOSE
