@@ -48,9 +48,10 @@ def build(request: BuildRequest, progress: Progress | None = None) -> EngineProo
             f"{path} is a bundle of target '{manifest.target}', which has no engines to build.",
             "Export one with --target tensorrt.",
         )
-    plan = _plan(request, read_plan(path))
+    recipe = recorded(manifest.recipe)
+    plan = _plan(request, read_plan(path), recipe)
     options = Options(backend=plan.backend, compute_capabilities=plan.compute_capabilities or None)
-    _check(options, plan.backend, recorded(manifest.recipe))
+    _check(options, plan.backend, recipe)
     clock.stage("Build the engines")
     with bundles.staging(path) as folder:
         shutil.copytree(
@@ -79,7 +80,7 @@ def build(request: BuildRequest, progress: Progress | None = None) -> EngineProo
     return found
 
 
-def _plan(request: BuildRequest, plan: Plan) -> Plan:
+def _plan(request: BuildRequest, plan: Plan, recipe: Recipe) -> Plan:
     """The bundle's plan with what was asked for instead."""
     backend = plan.backend
     if request.backend is not None:
@@ -98,7 +99,7 @@ def _plan(request: BuildRequest, plan: Plan) -> Plan:
     if problems := tensorrt.option_problems(options):
         raise ExportError("\n".join(problems), "`fastvlm-export targets` lists what there is.")
     return dataclasses.replace(
-        plan, backend=backend, compute_capabilities=tensorrt.capabilities_of(options)
+        plan, backend=backend, compute_capabilities=tensorrt.capabilities_of(options, recipe)
     )
 
 

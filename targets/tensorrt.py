@@ -15,8 +15,8 @@ from ..exporter.bundle import Bundle
 from ..exporter.spec import ExportSpec
 from ..quantize.recipes import Recipe
 from . import tensorrt_device as device
+from . import tensorrt_gpus, tensorrt_recipes
 from . import tensorrt_package as packages
-from . import tensorrt_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
 from .tensorrt_package import Backend
 from .tensorrt_plan import FLOATS, GRAPHS, GraphPlan, Plan, engine_file, onnx_file, profiles
@@ -84,12 +84,15 @@ def option_problems(options: Options) -> list[str]:
     return found
 
 
-def capabilities_of(options: Options) -> tuple[str, ...]:
-    """The compute capabilities to build for; none: those of the GPU where it is built."""
+def capabilities_of(options: Options, recipe: Recipe) -> tuple[str, ...]:
+    """The compute capabilities to build for; none: those of the GPU where it is built.
+
+    Where none are named: of the usual ones, those that can compute the recipe.
+    """
     if packages.backend_of(options) is Backend.TENSORRT:
         return ()
     asked = options.compute_capabilities
-    return tuple(sorted(set(packages.CAPABILITIES if asked is None else asked), key=int))
+    return tensorrt_gpus.default(recipe) if asked is None else tuple(sorted(set(asked), key=int))
 
 
 def adapt(recipe: Recipe, options: Options = DEFAULTS) -> Recipe:
@@ -105,7 +108,11 @@ def problems(
     options: Options = DEFAULTS,
 ) -> list[str]:
     """Every reason why TensorRT cannot express an adapted recipe."""
-    return tensorrt_recipes.problems(recipe, layers, tied=tied, options=options)
+    asked = options.compute_capabilities or ()
+    return [
+        *tensorrt_recipes.problems(recipe, layers, tied=tied, options=options),
+        *tensorrt_gpus.problems(recipe, asked),
+    ]
 
 
 def contract_problems(spec: ExportSpec, options: Options = DEFAULTS) -> list[str]:
@@ -158,7 +165,7 @@ def plan_of(
     }
     return Plan(
         backend=packages.backend_of(options),
-        compute_capabilities=capabilities_of(options),
+        compute_capabilities=capabilities_of(options, recipe),
         float_type=FLOATS[recipe.float_format],
         context=spec.context,
         graphs=graphs,

@@ -138,8 +138,8 @@ def _build(
     if engine is None or not engine.nbytes:
         raise ExportError(
             f"{graph}: {NAMES[backend]} {version(backend)} could not build the engine: {log.first}",
-            "Where memory ran out, free some or use a smaller --context or --resolution; where a "
-            "layer is named, try another recipe or a newer version of the package.",
+            "Where memory ran out, free some or use a smaller --context or --resolution; where an "
+            "operation or a GPU is named, try another --recipe or --compute-capability.",
         )
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:

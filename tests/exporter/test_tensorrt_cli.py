@@ -46,6 +46,18 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             [*TENSORRT, "--backend", "tensorrt", "--compute-capability", "80"],
             ["builds for the GPU that it runs on", "tensorrt-rtx"],
         ),
+        (
+            [*TENSORRT, "--compute-capability", "75,120"],
+            ['float is "fp32"', "compute capability 75 cannot", "80 or above"],
+        ),
+        (
+            [*TENSORRT, "--compute-capability", "75", "--recipe", "int4"],
+            ["decoder.bits is 4", "compute capability 75 cannot"],
+        ),
+        (
+            [*TENSORRT, "--compute-capability", "86,89", "--recipe", "fp8"],
+            ['.format is "fp8"', "compute capability 86 cannot", "89 or above"],
+        ),
         ([*TENSORRT, "--layout", "apple-app"], ["--layout apple-app: target 'tensorrt'"]),
         ([*TENSORRT, "--external-weights"], ["--external-weights: target 'tensorrt'"]),
         (
