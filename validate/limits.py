@@ -130,9 +130,9 @@ INTEGER_ACTIVATIONS = Limits(
 )
 
 
-# fp8's steps are wider (2^-4 of a value), but fall together with bfloat16's: the bundled model under
-# `fp8`, with PyTorch's bfloat16 kernels instead of their meaning in float32, shows 2.3e-2 (features,
-# RMS), 7e-4 (cosine), 5.7e-2 (logits, RMS), 6e-2 and 5e-3 (KL), half of what both sets allow.
+# fp8's steps are wider (2^-4 of a value), but come with bfloat16's: the bundled model under `fp8`,
+# with PyTorch's bfloat16 kernels instead of their meaning in float32, shows 2.3e-2 (features, RMS),
+# 7e-4 (cosine), 5.7e-2 (logits, RMS), 6e-2 and 5e-3 (KL): half of what both sets allow, or less.
 
 
 def limits_for(recipe: Recipe) -> Limits:
