@@ -111,8 +111,9 @@ class TensorRTSession:
         free, _ = self._cuda.free_memory()
         self._kernels = Kernels(bundle, self.plan, version, self.gpu)
         weakref.finalize(self, _close, self._cuda, self._kernels)
-        loader = Loader(self.package, self.plan, bundle.path, version=version, gpu=self.gpu)
-        self._engines = {name: self._engine(loader, name) for name in GRAPHS}
+        # Kept: engines need the runtime that read them, and the log that it writes to.
+        self._loader = Loader(self.package, self.plan, bundle.path, version=version, gpu=self.gpu)
+        self._engines = {name: self._engine(name) for name in GRAPHS}
         self._events = self._cuda.event(), self._cuda.event()
         self._tensors = {
             graph: {
@@ -124,32 +125,33 @@ class TensorRTSession:
         }
         self._cache = Cache(self._cuda, self.plan.graphs["decoder"], self._engines["decoder"])
         self._contexts = {
-            (graph, use): self._prepare(loader, graph, use)
+            (graph, use): self._prepare(graph, use)
             for graph in GRAPHS
             for use in ((STATIC,) if graph == "vision" else (PREFILL, DECODE))
         }
         self.gpu_memory_bytes = free - self._cuda.free_memory()[0]
         self._graphs: dict[tuple[int, int], Any] = {}
+        self._after: Callable[[], None] | None = None  # what is left to do once results are here
         self.device_seconds = 0.0
         self.graph_problem = ""
         self.past = 0
 
-    def _engine(self, loader: Loader, name: str) -> Any:
-        engine = loader.load(name)
+    def _engine(self, name: str) -> Any:
+        engine = self._loader.load(name)
         plan = self.plan.graphs[name]
         if problems := interface_problems(engine, plan, self.package):
             raise ExportError(
                 f"{plan.engine} is not the engine of its plan: {'; '.join(problems)}.",
-                f"Build the engines anew: fastvlm-export build {loader.folder}",
+                f"Build the engines anew: fastvlm-export build {self._loader.folder}",
             )
         return engine
 
-    def _prepare(self, loader: Loader, graph: str, use: str) -> Context:
+    def _prepare(self, graph: str, use: str) -> Context:
         """The context for a use, under the profile of its name or the only one there is."""
         engine = self._engines[graph]
         names = [one.name for one in self.plan.graphs[graph].profiles]
         context = Context(
-            loader,
+            self._loader,
             engine,
             names.index(use) if use in names else 0,
             self._cuda,
@@ -254,9 +256,6 @@ class TensorRTSession:
             self._graphs[key] = self._cuda.capture(context.enqueue)
         except ExportError as error:  # slower, and `how` says so
             self.graph_problem = error.message
-
-    _after: Callable[[], None] | None = None
-    """What is left to do once the results of a call are here."""
 
     def _send(self, tensor: Tensor, array: NDArray[Any], length: int = 1) -> None:
         """Copy to the GPU, through pinned memory."""
