@@ -23,6 +23,10 @@ MOST_FILES = 48
 """Of all bundles together; the files that were longest unused go first."""
 
 
+UNUSABLE = (OSError, RuntimeError)
+"""What is no error here: a file that can't be read or written, a user without a home folder."""
+
+
 class Kernels:
     """The runtime caches of one bundle's engines. A file that can't be used is no error."""
 
@@ -38,7 +42,7 @@ class Kernels:
             return None
         if graph not in self._caches:
             cache = engine.create_runtime_config().create_runtime_cache()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*UNUSABLE):
                 saved = self._file(graph).read_bytes()
                 if cache.deserialize(saved):
                     self._before[graph] = saved
@@ -51,7 +55,7 @@ class Kernels:
             found = cache.serialize()
             data = b"" if found is None else bytes(found)
             if data and data != self._before.get(graph):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(*UNUSABLE):
                     _write(self._file(graph), data)
 
     def _file(self, graph: str) -> Path:
@@ -69,12 +73,15 @@ def folder() -> Path:
 def forget(bundle: Bundle, plan: Plan) -> bool:
     """Remove what was compiled for the bundle's engines, so that loading compiles anew.
 
-    False for TensorRT, whose engines hold their kernels.
+    False for TensorRT, whose engines hold their kernels, and where that can't be done.
     """
     hashes = _engine_hashes(bundle, plan)
-    for found in hashes.values():
-        for file in folder().glob(f"{found}-*{SUFFIX}"):
-            file.unlink(missing_ok=True)
+    try:
+        for found in hashes.values():
+            for file in folder().glob(f"{found}-*{SUFFIX}"):
+                file.unlink(missing_ok=True)
+    except UNUSABLE:
+        return False
     return bool(hashes)
 
 

@@ -198,6 +198,23 @@ def test_device_time_is_of_the_engines_alone(exported: Exported) -> None:
     assert ours.take_device_seconds() == 0
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError("no")
+
+
+def test_kernels_that_can_not_be_kept_are_no_error(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_kernels, "folder", refuse)
+    machine = exported.opens(hashes=True)
+    machine.session.encode_image(pixels())
+    assert [one.compiled for one in machine.package.kernels] == [1, 0, 0]
+    api = machine.api
+    del machine
+    gc.collect()
+    assert api.taken == 0
+
+
 def test_compiled_kernels_are_kept_for_the_next_process(
     exported: Exported, cache_folder: Path
 ) -> None:
@@ -217,6 +234,9 @@ def test_compiled_kernels_are_kept_for_the_next_process(
         path.write_bytes(b"not what it was")
     assert len(exported.opens(hashes=True).package.kernels) == 3, "a damaged file is no error"
     bundle = exported.bundle(hashes=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert not tensorrt_kernels.forget(bundle, exported.plan)
     assert tensorrt_kernels.forget(bundle, exported.plan)
     assert not list(cache_folder.rglob("*.kernels"))
     del again
