@@ -39,7 +39,8 @@ def adapt(recipe: Recipe) -> Recipe:
     The Neural Engine's floats are float16, and no compute unit rounds activations at run time. The
     integers are those that every other target gets.
     """
-    if recipe != RECIPES.get(recipe.name) or not any(p.bits for p in recipe.precisions):
+    integers = any(p.bits for p in recipe.precisions) and not recipe.fp8
+    if recipe != RECIPES.get(recipe.name) or not integers:
         return recipe
     return replace(
         recipe,

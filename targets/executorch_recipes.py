@@ -35,7 +35,7 @@ def adapt(recipe: Recipe, backend: Backend) -> Recipe:
     """
     if backend is Backend.COREML:
         return coreml_recipes.adapt(recipe)
-    if backend is not Backend.XNNPACK or recipe != RECIPES.get(recipe.name):
+    if backend is not Backend.XNNPACK or recipe != RECIPES.get(recipe.name) or recipe.fp8:
         return recipe
     return replace(
         recipe,

@@ -41,7 +41,7 @@ def test_integers_meet_affine_activations(name: str) -> None:
 
 def test_everything_else_stays_as_it_is() -> None:
     mine = replace(RECIPES["int4"], name="mine")
-    for recipe in (RECIPES["fp32"], RECIPES["lut4"], mine):
+    for recipe in (RECIPES["fp32"], RECIPES["lut4"], RECIPES["fp8"], mine):
         assert adapt(recipe, XNNPACK) == recipe
     for recipe in RECIPES.values():
         assert adapt(recipe, Backend.PORTABLE) == recipe
