@@ -21,7 +21,7 @@ Images = Annotated[
 Recipe = Annotated[
     str,
     typer.Option(
-        help="How numbers are stored: fp32, fp16, int8, int4, lut4, lut6, ... or a TOML file."
+        help="How numbers are stored: fp32, fp16, bf16, fp8, int8, int4, lut4, lut6 or a TOML file."
     ),
 ]
 Calibration = Annotated[
