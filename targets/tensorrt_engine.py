@@ -39,7 +39,7 @@ def gpu_for(plan: Plan, version: str, folder: Path) -> Gpu:
     if problem or found is None:
         raise ExportError(
             f"{folder}: {problem or 'no GPU was found.'}",
-            "Without a GPU its ONNX graphs can be proven: fastvlm-export validate BUNDLE",
+            f"Without a GPU its ONNX graphs can be proven: fastvlm-export validate {folder}",
         )
     return found
 
@@ -72,7 +72,7 @@ class Loader:
         except FileNotFoundError as error:
             raise ExportError(
                 f"{self.folder} has no engine for its {graph} graph: {path.name} is missing.",
-                f"Build the engines on this machine: {self._build()}",
+                f"Build the engines on this machine: {self.build_command()}",
             ) from error
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error}", "Check the file.") from error
@@ -120,7 +120,7 @@ class Loader:
             return self._other_gpu(path, said)
         return ExportError(
             f"{path} cannot be loaded by {self.name} {self.version}: {said or 'no reason given'}",
-            f"Build it anew on this machine: {self._build()}",
+            f"Build it anew on this machine: {self.build_command()}",
         )
 
     @property
@@ -132,14 +132,14 @@ class Loader:
     def _damaged(self, path: Path, said: str) -> ExportError:
         return ExportError(
             f"{path} is damaged, cut short, or no engine of {self.name}{_because(said)}.",
-            f"Copy the bundle again, or build the engine anew: {self._build()}",
+            f"Copy the bundle again, or build the engine anew: {self.build_command()}",
         )
 
     def _other_version(self, path: Path, said: str) -> ExportError:
         return ExportError(
             f"{path} was built by another version of {self.name} than {self.version}, which is "
             f"installed here{_because(said)}.",
-            f"Engines are for one version only. Build it anew: {self._build()}",
+            f"Engines are for one version only. Build it anew: {self.build_command()}",
         )
 
     def _other_gpu(self, path: Path, said: str) -> ExportError:
@@ -151,7 +151,7 @@ class Loader:
                 f"installed: fastvlm-export build {self.folder} --backend {Backend.TENSORRT}"
             )
         else:
-            hint = f"Build it for this GPU: {self._build(capability=True)}"
+            hint = f"Build it for this GPU: {self.build_command(capability=True)}"
         return ExportError(
             f"{path} was built for compute capability {built}; {self.gpu.name} has "
             f"{self.gpu.capability}{_because(said)}.",
@@ -172,7 +172,7 @@ class Loader:
             f"{total:.0f} MiB of {self.gpu.name}"
         )
 
-    def _build(self, *, capability: bool = False) -> str:
+    def build_command(self, *, capability: bool = False) -> str:
         """The command that builds the bundle's engines here."""
         command = f"fastvlm-export build {self.folder}"
         if capability and self.plan.backend is Backend.RTX:
@@ -202,6 +202,7 @@ class Context:
         kernels: Any = None,
     ) -> None:
         self._log, self._cuda = loader.log, cuda
+        self._hint = f"Build the engines anew on this machine: {loader.build_command()}"
         self._shapes: dict[str, Shape] = {}
         self._outputs: dict[str, Shape] = {}
         package = loader.package
@@ -251,7 +252,7 @@ class Context:
         ):
             raise ExportError(
                 f"An engine gives {name} of shape {list(found)}, not {list(shape)}.",
-                "Build the engines anew on this machine: fastvlm-export build BUNDLE",
+                self._hint,
             )
         self._outputs[name] = shape
 
@@ -267,5 +268,5 @@ class Context:
             return out_of_memory(f"an engine cannot be {what} ({said})", free, total)
         return ExportError(
             f"An engine cannot be {what}: {said}",
-            "Build the engines anew on this machine: fastvlm-export build BUNDLE",
+            self._hint,
         )
