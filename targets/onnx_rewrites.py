@@ -89,13 +89,23 @@ def _half_rms_norm(op: Any, x: Any, epsilon: Any, weight: Any) -> Any:
     wide = op.Cast(x, to=ir.DataType.FLOAT)
     mean = op.ReduceMean(op.Mul(wide, wide), [-1], keepdims=1)
     normed = op.Mul(wide, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon))))
-    return op.Mul(op.Cast(normed, to=ir.DataType.FLOAT16), weight)
+    return op.Mul(op.Cast(normed, _outputs=["narrow"]), weight)
+
+
+def _fused_half_rms_norm(op: Any, x: Any, epsilon: ir.Value, weight: Any, **_: Any) -> Any:
+    return _fused_rms_norm(op, x, epsilon, weight)
+
+
+def _comes_back_narrow(
+    context: Any, x: ir.Value, epsilon: ir.Value, narrow: ir.Value, **_: Any
+) -> bool:
+    return _comes_back(context, x, narrow) and _scalar(epsilon) is not None
 
 
 _HALF_RMS_NORM = patterns.RewriteRule(
-    _half_rms_norm, _fused_rms_norm, _epsilon_known, name="HalfRmsNorm"
+    _half_rms_norm, _fused_half_rms_norm, _comes_back_narrow, name="HalfRmsNorm"
 )
-"""The same of float16, its statistics in float32 -> RMSNormalization, whose stash_type says so."""
+"""The same of 16 bits, its statistics in float32 -> RMSNormalization, whose stash_type says so."""
 
 
 def _skip_rms_norm(op: Any, x: Any, skip: Any, weight: Any) -> Any:

@@ -6,8 +6,9 @@ attention_mask has ones for all valid positions, the new ones among them, and pe
 them, so that its length A may stay the same over many steps. Of its sum and the new tokens' number
 follows where they go, and A says how much of the cache is looked at.
 
-TensorRT fuses Attention in float16 and bfloat16, of heads of 16, 24, 32, ... numbers. Elsewhere it
-does not build, so there the products and the softmax are written out, in float32.
+TensorRT fuses Attention in float16 and bfloat16, of heads of 16, 24, 32, ... numbers, and of enough
+heads. Elsewhere it does not build, so there the products and the softmax are written out, in
+float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,21 +19,33 @@ import torch
 from onnxscript.values import Opset
 
 from ..exporter.model.attention_op import cached_attention
+from .onnx_build import Builder
 
 OPSET = 24  # the first with TensorScatter
 HEAD_STEP, SMALLEST_HEAD = 8, 16
 """Head dimensions that the fused kernels take are multiples of one and at least the other."""
 
+HEADS, FEW_HEADS = 4, 2
+"""Heads that they take at least: of a single token, and of more."""
+
 HIDDEN = -3.0e38
 """A score that no softmax gives a share: beyond any real one, and finite, as -inf - -inf is NaN."""
+
+_ALL = 2**31 - 1
+"""An end from which on a slice reaches to that of its axis."""
 
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 op: Any = Opset("", OPSET)
 
 
-def is_fused(dtype: ir.DataType | None, head_dim: int) -> bool:
-    """Whether TensorRT has a kernel for attention of that type and head dimension."""
-    return dtype in _HALVES and head_dim % HEAD_STEP == 0 and head_dim >= SMALLEST_HEAD
+def is_fused(dtype: ir.DataType | None, head_dim: int, heads: int, tokens: int = 1) -> bool:
+    """Whether TensorRT has a kernel for attention of that type and these sizes.
+
+    `tokens`: the fewest that ask at once. Found by building, with TensorRT for RTX 1.7.1.
+    """
+    enough = FEW_HEADS if tokens > 1 else HEADS
+    sized = head_dim % HEAD_STEP == 0 and head_dim >= SMALLEST_HEAD and heads >= enough
+    return dtype in _HALVES and sized
 
 
 def _cached(
@@ -73,10 +86,12 @@ def _cached(
     key = op.RotaryEmbedding(split(key, kv_heads), cos, sin, rows)
     present_key, keys_seen = written(past_key, key)
     present_value, values_seen = written(past_value, split(value, kv_heads))
-    if is_fused(query.dtype, head_dim):
+    if is_fused(query.dtype, head_dim, heads):
         mixed, *_ = op.Attention(rotated, keys_seen, values_seen, visible)
     else:
-        mixed = _grouped(rotated, keys_seen, values_seen, visible, (heads, kv_heads, head_dim))
+        wide = [_wide(x, query.dtype) for x in (rotated, keys_seen, values_seen)]
+        mixed = _grouped(*wide, visible, (heads, kv_heads, head_dim))
+        mixed = _narrowed(mixed, query.dtype)
     together = op.Constant(value_ints=[0, 0, heads * head_dim])
     out = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), together)
     return out, present_key, present_value
@@ -88,18 +103,17 @@ def _grouped(query: Any, key: Any, value: Any, visible: Any, sizes: tuple[int, i
     Heads that share a key are rows of one matrix product with it, so that no key is repeated.
     """
     heads, kv_heads, head_dim = sizes
-    dtype = query.dtype
     apart = op.Constant(value_ints=[1, kv_heads, heads // kv_heads, -1, head_dim])
     axis = op.Constant(value_ints=[2])
-    grouped = op.Reshape(_wide(query), apart)
+    grouped = op.Reshape(query, apart)
     scores = op.MatMul(
         op.Mul(grouped, op.Constant(value_float=head_dim**-0.5)),
-        op.Unsqueeze(op.Transpose(_wide(key), perm=[0, 1, 3, 2]), axis),
+        op.Unsqueeze(op.Transpose(key, perm=[0, 1, 3, 2]), axis),
     )
     seen = op.Where(visible, scores, op.Constant(value_float=HIDDEN))
-    mixed = op.MatMul(op.Softmax(seen, axis=-1), op.Unsqueeze(_wide(value), axis))
+    mixed = op.MatMul(op.Softmax(seen, axis=-1), op.Unsqueeze(value, axis))
     together = op.Constant(value_ints=[1, heads, -1, head_dim])
-    return _narrowed(op.Reshape(mixed, together), dtype)
+    return op.Reshape(mixed, together)
 
 
 def _plain(
@@ -115,28 +129,82 @@ def _plain(
     """softmax(query key' / sqrt(d)) value, for the tower: no mask, one head per key."""
     if attn_mask is not None or dropout_p or is_causal or enable_gqa or scale is not None:
         raise NotImplementedError("only plain attention is translated; see cached_attention")
-    head_dim = int(query.shape[-1])
-    if is_fused(query.dtype, head_dim):
+    heads, tokens, head_dim = map(int, query.shape[1:])
+    if is_fused(query.dtype, head_dim, heads, tokens):
         mixed, *_ = op.Attention(query, key, value)
         return mixed
+    dtype = query.dtype
+    query, key, value = (_wide(x, dtype) for x in (query, key, value))
     scores = op.MatMul(
-        op.Mul(_wide(query), op.Constant(value_float=head_dim**-0.5)),
-        op.Transpose(_wide(key), perm=[0, 1, 3, 2]),
+        op.Mul(query, op.Constant(value_float=head_dim**-0.5)),
+        op.Transpose(key, perm=[0, 1, 3, 2]),
     )
-    return _narrowed(op.MatMul(op.Softmax(scores, axis=-1), _wide(value)), query.dtype)
+    return _narrowed(op.MatMul(op.Softmax(scores, axis=-1), value), dtype)
 
 
-def _wide(x: Any) -> Any:
-    return op.Cast(x, to=ir.DataType.FLOAT) if x.dtype in _HALVES else x
+def _wide(x: Any, dtype: ir.DataType | None) -> Any:
+    """x, which is of that type, in float32."""
+    return op.Cast(x, to=ir.DataType.FLOAT) if dtype in _HALVES else x
 
 
 def _narrowed(x: Any, dtype: ir.DataType | None) -> Any:
     return op.Cast(x, to=dtype) if dtype in _HALVES else x
 
 
+def _slice(
+    x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    """All of an axis, or its last element alone: by its index, so that the size is known."""
+    if step == 1 and (end is None or end >= _ALL):
+        if not start:
+            return op.Identity(x)
+        if start == -1:
+            return op.Gather(x, op.Constant(value_ints=[-1]), axis=dim)
+    raise NotImplementedError(f"elements {start} to {end} in steps of {step} along axis {dim}")
+
+
+def keep_cache_type(model: ir.Model) -> None:
+    """Let TensorScatter write into the cache itself where attention stayed in float32.
+
+    The program turns the whole cache into float32 there, and back; what is written is rounded to
+    the cache's type instead, and what is looked at becomes float32.
+    """
+    for scatter in [node for node in model.graph if node.op_type == "TensorScatter"]:
+        cast = scatter.inputs[0].producer()
+        if cast is None or cast.op_type != "Cast" or cast.inputs[0] not in model.graph.inputs:
+            continue
+        cache, update, place = cast.inputs[0], *scatter.inputs[1:]
+        builder = Builder(model.graph, scatter)
+        rounded = builder.op("Cast", update, to=int(cache.dtype))
+        present = builder.op("TensorScatter", cache, rounded, place, axis=2)
+        for user, _ in list(scatter.outputs[0].uses()):
+            if user.op_type == "Cast":  # back to the cache's type, as the graph returns it
+                ir.convenience.replace_all_uses_with(
+                    user.outputs[0], present, replace_graph_outputs=True
+                )
+            else:
+                user.replace_input_with(0, present)
+                wide = _widened_behind(user)
+                model.graph.insert_after(user, wide)
+        builder.replace(present)
+        present.dtype = cache.dtype  # not that of what it replaces
+
+
+def _widened_behind(node: ir.Node) -> ir.Node:
+    """A cast to float32 for all that read what the node makes."""
+    out = node.outputs[0]
+    readers = list(out.uses())
+    wide = ir.node("Cast", [out], attributes={"to": int(ir.DataType.FLOAT)})
+    wide.metadata_props.update(node.metadata_props)
+    for user, index in readers:
+        user.replace_input_with(index, wide.outputs[0])
+    return wide
+
+
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fastvlm.cached_attention.default: _cached,
     torch.ops.aten.scaled_dot_product_attention.default: _plain,
+    torch.ops.aten.slice.Tensor: _slice,
 }
 """Operator -> function that writes its ONNX nodes, for `torch.onnx.export`."""
 

@@ -22,7 +22,7 @@ NORMS = ("RMSNormalization", "LayerNormalization")
 NO_ARITHMETIC = ("Cast", "Shape")
 
 NORM_STATISTICS = "norm statistics"
-NO_KERNEL = "no fused kernel for attention with this head dimension"
+NO_KERNEL = "no fused kernel for attention of these sizes"
 RANGE_SCAN = "range scan"
 
 

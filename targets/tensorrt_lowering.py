@@ -97,6 +97,7 @@ def to_onnx(program: ExportedProgram, names: Interface) -> ir.Model:
     translations = {**tensorrt_attention.TRANSLATIONS, **tensorrt_quantized.TRANSLATIONS}
     model = onnx_lowering.translate(program, translations, tensorrt_attention.OPSET)
     tensorrt_quantized.pack(model)
+    tensorrt_attention.keep_cache_type(model)
     _count_once(model)
     fuse_norms(model, halves=True)
     onnx_lowering.set_interface(model, names)

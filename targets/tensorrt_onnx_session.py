@@ -7,11 +7,18 @@ graphs', and its speed is no runtime's.
 
 from pathlib import Path
 
+import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
 from ..exporter.bundle import Bundle
+from ..exporter.errors import ExportError
 from .onnx_session import OnnxSession, load_model, session_options
-from .tensorrt_plan import GRAPHS, onnx_file
+from .tensorrt_onnx_float import has_bfloat16, widen
+from .tensorrt_plan import GRAPHS, HINT, onnx_file
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where ONNX Runtime looks for the data files of a graph that it gets as bytes."""
 
 
 class TensorRTOnnxSession(OnnxSession):
@@ -26,7 +33,17 @@ class TensorRTOnnxSession(OnnxSession):
 
 
 def load(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
-    """A graph on the CPU, its QuantizeLinear and DequantizeLinear as they are written."""
+    """A graph on the CPU, its QuantizeLinear and DequantizeLinear as they are written.
+
+    See `tensorrt_onnx_float` for bfloat16. Raises ExportError where the file can't be read.
+    """
     options = session_options(intra_op_threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return load_model(path, str(path), options, "tensorrt")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ExportError(f"{path} can't be read: {error}", HINT) from error
+    if not has_bfloat16(model):
+        return load_model(path, str(path), options, "tensorrt")
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+    return load_model(path, widen(model).SerializeToString(), options, "tensorrt")

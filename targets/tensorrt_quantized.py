@@ -6,6 +6,7 @@
 | linear, 4 bits in groups | DequantizeLinear(int4 [N,K], [N,G], axis 1, block K/G), ... |
 | embedding, 8 bits per row | DequantizeLinear(int8 [V,D], [V], axis 0), Gather |
 | static activations | QuantizeLinear, DequantizeLinear with one scale |
+| linear, fp8 | both of the above, of float8 (e4m3fn) in the place of int8 |
 
 Zero points are all zero, and so are left out. TensorRT takes the three nodes of a layer for one,
 and keeps what it reads in 4 or 8 bits; of `Gather` it makes one that dequantizes the rows it takes.
@@ -130,6 +131,15 @@ def _dequantize_weight(
     return op.DequantizeLinear(weight, scale, axis=0)
 
 
+def _fp8_linear(x: Any, weight: Any, scale: Any, bias: Any, input_scale: float) -> Any:
+    """round(x / s) s in float8, times (weight * scale)', plus bias."""
+    size, zero = _number(input_scale, x.dtype), _number(0.0, ir.DataType.FLOAT8E4M3FN)
+    rounded = op.DequantizeLinear(op.QuantizeLinear(x, size, zero), size)
+    rows = op.DequantizeLinear(weight, scale, axis=0)
+    out = op.MatMul(rounded, op.Transpose(rows, perm=[1, 0]))
+    return out if bias is None else op.Add(out, bias)
+
+
 def _number(value: float, dtype: ir.DataType) -> Any:
     return op.Constant(value=ir.tensor(np.array(value, dtype=dtype.numpy()), dtype=dtype))
 
@@ -139,6 +149,7 @@ TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize,
     torch.ops.quantized_decomposed.dequantize_per_tensor.default: _dequantize,
     torch.ops.quantized_decomposed.dequantize_per_channel.default: _dequantize_weight,
+    torch.ops.fastvlm.fp8_linear.default: _fp8_linear,
 }
 """Operator -> function that writes its ONNX nodes, for `torch.onnx.export`."""
 

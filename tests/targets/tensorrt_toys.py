@@ -1,179 +1,156 @@
-"""Three small ONNX graphs with the interface of FastVLM's, and the plan that builds them."""
+"""Small models lowered for TensorRT, their sessions, and their engines."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import torch
+from torch.export import ExportedProgram
 
-from fastvlm_export.exporter import bundle as bundles
-from fastvlm_export.exporter.bundle import Bundle, Manifest, Source
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
-from fastvlm_export.quantize.recipes import RECIPES
-from fastvlm_export.targets import tensorrt
-from fastvlm_export.targets.tensorrt_build import build, write_plan
-from fastvlm_export.targets.tensorrt_package import Backend
-from fastvlm_export.targets.tensorrt_plan import (
-    ATTENDED,
-    GRAPHS,
-    NEW,
-    GraphPlan,
-    Plan,
-    engine_file,
-    onnx_file,
-    profiles,
-)
+from fastvlm_export.exporter.config import DecoderConfig
+from fastvlm_export.exporter.model.decoder import Decoder
+from fastvlm_export.exporter.model.fastvlm import FastVLM
+from fastvlm_export.exporter.reparameterize import reparameterize
+from fastvlm_export.exporter.spec import ExportSpec
+from fastvlm_export.quantize.apply import needs_calibration, quantize
+from fastvlm_export.quantize.calibration import load as load_calibration
+from fastvlm_export.quantize.recipes import Recipe
+from fastvlm_export.targets import tensorrt_lowering, tensorrt_recipes
+from fastvlm_export.targets.base import Array, Session
+from fastvlm_export.targets.eager import ProgramSession
+from fastvlm_export.targets.tensorrt_lowering import LoweredGraph
+from fastvlm_export.targets.tensorrt_onnx_session import TensorRTOnnxSession
+from fastvlm_export.targets.tensorrt_plan import GRAPHS, profiles
 
-CONTEXT, WIDTH, VOCABULARY = 32, 16, 24
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
-
-Dims = Sequence[int | str]
+from .conftest import byte_tokenizer, lively_model, make_spec, worst
 
 
-def tensor(name: str, dtype: str, dims: Dims) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TYPES[dtype], list(dims))
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A model's programs under an adapted recipe, and the ONNX files that were written of them."""
+
+    spec: ExportSpec
+    programs: dict[str, ExportedProgram]
+    graphs: dict[str, LoweredGraph]
+    folder: Path
+
+    @property
+    def reference(self) -> ProgramSession:
+        return ProgramSession(self.programs, self.spec.decoder, self.spec.context)
+
+    @property
+    def session(self) -> TensorRTOnnxSession:
+        manifest = SimpleNamespace(context=self.spec.context)
+        bundle: Any = SimpleNamespace(path=self.folder, manifest=manifest)
+        return TensorRTOnnxSession(bundle)
+
+    def onnx(self, graph: str) -> onnx.ModelProto:
+        return onnx.load(self.folder / self.graphs[graph].file)
 
 
-def model(
-    nodes: Sequence[onnx.NodeProto],
-    inputs: Sequence[onnx.ValueInfoProto],
-    outputs: Sequence[onnx.ValueInfoProto],
-    weights: dict[str, np.ndarray[Any, Any]],
-) -> onnx.ModelProto:
-    stored = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "graph", inputs, outputs, initializer=stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+def lower(model: FastVLM, spec: ExportSpec, recipe: Recipe, folder: Path) -> Lowered:
+    recipe = tensorrt_recipes.adapt(recipe)
+    calibration = load_calibration(None) if needs_calibration(recipe) else None
+    folded = reparameterize(model).model
+    programs = dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
+    graphs = tensorrt_lowering.write(programs, spec, folder)
+    return Lowered(spec=spec, programs=programs, graphs=graphs, folder=folder)
 
 
-def vision(dtype: str = "float32") -> onnx.ModelProto:
-    """pixel_values -> Conv, in `dtype` -> image_features."""
-    kernel = np.random.default_rng(0).standard_normal((WIDTH, 3, 4, 4)).astype(dtype)
-    nodes = [
-        helper.make_node("Cast", ["pixel_values"], ["pixels"], "tower/Cast", to=TYPES[dtype]),
-        helper.make_node("Conv", ["pixels", "kernel"], ["patches"], "tower/Conv", strides=[4, 4]),
-        helper.make_node("Reshape", ["patches", "sizes"], ["rows"], "tower/Reshape"),
-        helper.make_node("Transpose", ["rows"], ["turned"], "tower/Transpose", perm=[0, 2, 1]),
-        helper.make_node("Cast", ["turned"], ["image_features"], "tower/Cast_2", to=1),
+def lively(head_dim: int = 16, *, tied: bool = False, biases: bool = True) -> FastVLM:
+    """`lively_model` with heads of so many numbers; Vicuna's has no biases."""
+    model = lively_model(byte_tokenizer().vocab_size, tied=tied)
+    heads: DecoderConfig = replace(model.config.decoder, head_dim=head_dim)
+    torch.manual_seed(1)
+    decoder = Decoder(heads).eval()
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / parameter[0].numel() ** 0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif not biases:
+                parameter.zero_()
+        decoder.embed_tokens.weight.normal_(0, 1)
+    model.decoder = decoder
+    model.config = replace(model.config, decoder=heads)
+    return model.requires_grad_(False)
+
+
+def small(recipe: Recipe, folder: Path, head_dim: int = 16, **options: bool) -> Lowered:
+    model = lively(head_dim, **options)
+    return lower(model, make_spec(model), recipe, folder)
+
+
+def worst_of_all(ours: Session, reference: Session, spec: ExportSpec) -> dict[str, float]:
+    """The largest difference of each stage, relative to the reference's largest number.
+
+    Two conversations: an image between words, single tokens, several at once, and the rest of the
+    context, so that the cache is read at every length and after it was filled.
+    """
+    size = spec.preprocessing.resolution
+    pixels = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
+    ids = np.arange(spec.decoder.vocab_size, dtype=np.int64)[None]
+    features, found = reference.encode_image(pixels), {}
+    found["features"] = worst(ours.encode_image(pixels), features)
+    found["embeddings"] = worst(ours.embed(ids), reference.embed(ids))
+    steps: list[Array] = [
+        np.concatenate([reference.embed(ids[:, :7]), features, reference.embed(ids[:, 7:9])], 1),
+        *(reference.embed(ids[:, i : i + 1]) for i in range(30, 36)),
+        reference.embed(ids[:, 40:60]),
     ]
-    return model(
-        nodes,
-        [tensor("pixel_values", "float32", (1, 3, 8, 8))],
-        [tensor("image_features", "float32", (1, 4, WIDTH))],
-        {"kernel": kernel, "sizes": np.array([1, WIDTH, 4])},
-    )
+    rest = spec.context - sum(step.shape[1] for step in steps)
+    steps.append(reference.embed(np.resize(ids, (1, rest))))
+    differences = []
+    for _ in range(2):
+        ours.reset()
+        reference.reset()
+        differences += [worst(ours.decode(step), reference.decode(step)) for step in steps]
+    return {**found, "logits": max(differences)}
 
 
-def embedding() -> onnx.ModelProto:
-    table = np.random.default_rng(1).standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
-    return model(
-        [helper.make_node("Gather", ["table", "input_ids"], ["inputs_embeds"], "table/Gather")],
-        [tensor("input_ids", "int64", (1, NEW))],
-        [tensor("inputs_embeds", "float32", (1, NEW, WIDTH))],
-        {"table": table},
-    )
+def build(lowered: Lowered, *capabilities: str) -> dict[str, int]:
+    """Bytes of each graph's engine. Fails where TensorRT for RTX takes a graph not, or builds none.
 
+    Also: no layer computes in float32 that belongs to none of the nodes which may.
+    """
+    import tensorrt_rtx  # noqa: PLC0415 - where it is installed
 
-def decoder() -> onnx.ModelProto:
-    """The last row of the embeddings times a matrix, scaled by how many positions are valid."""
-    head = np.random.default_rng(2).standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
-    nodes = [
-        helper.make_node("Gather", ["inputs_embeds", "last"], ["row"], "head/Gather", axis=1),
-        helper.make_node("MatMul", ["row", "matrix"], ["scores"], "head/MatMul"),
-        helper.make_node("ReduceSum", ["attention_mask", "axes"], ["valid"], "mask/ReduceSum"),
-        helper.make_node("Cast", ["valid"], ["count"], "mask/Cast", to=1),
-        helper.make_node("Unsqueeze", ["count", "axes"], ["factor"], "mask/Unsqueeze"),
-        helper.make_node("Mul", ["scores", "factor"], ["logits"], "head/Mul"),
-    ]
-    return model(
-        nodes,
-        [
-            tensor("inputs_embeds", "float32", (1, NEW, WIDTH)),
-            tensor("attention_mask", "int64", (1, ATTENDED)),
-        ],
-        [tensor("logits", "float32", (1, 1, VOCABULARY))],
-        {"matrix": head, "last": np.array([-1]), "axes": np.array([1])},
-    )
+    sizes = {}
+    for name in GRAPHS:
+        graph, messages = lowered.graphs[name], []
 
+        class Log(tensorrt_rtx.ILogger):
+            def __init__(self) -> None:
+                tensorrt_rtx.ILogger.__init__(self)
 
-def signature(values: Sequence[onnx.ValueInfoProto]) -> dict[str, str]:
-    """Name -> "float32[1,sequence_length,16]"."""
-    found = {}
-    for value in values:
-        one = value.type.tensor_type
-        sizes = ",".join(dim.dim_param or str(dim.dim_value) for dim in one.shape.dim)
-        found[value.name] = f"{helper.tensor_dtype_to_np_dtype(one.elem_type)}[{sizes}]"
-    return found
+            def log(self, severity: Any, message: str, messages: list[str] = messages) -> None:
+                if severity <= tensorrt_rtx.ILogger.ERROR:
+                    messages.append(message)
 
-
-def graph_plan(name: str, graph: onnx.ModelProto, **changes: Any) -> GraphPlan:
-    inputs, outputs = signature(graph.graph.input), signature(graph.graph.output)
-    return GraphPlan(
-        onnx=onnx_file(name),
-        engine=engine_file(name),
-        inputs=inputs,
-        outputs=outputs,
-        profiles=profiles(inputs, CONTEXT, 4),
-        **changes,
-    )
-
-
-def folder(out: Path, *, float_type: str = "float32", **graphs: onnx.ModelProto) -> Plan:
-    """Write the ONNX files and the plan of a bundle below `out`; `graphs` stand for the toys."""
-    models = {"vision": vision(), "embedding": embedding(), "decoder": decoder(), **graphs}
-    (out / "onnx").mkdir(parents=True)
-    for name, one in models.items():
-        (out / onnx_file(name)).write_bytes(one.SerializeToString(deterministic=True))
-    plan = Plan(
-        backend=Backend.RTX,
-        compute_capabilities=("80", "120"),
-        float_type=float_type,
-        context=CONTEXT,
-        graphs={name: graph_plan(name, models[name]) for name in GRAPHS},
-    )
-    write_plan(out, plan)
-    return plan
-
-
-def bundle(out: Path, *, engines: bool = True, recipe: str = "fp32", **graphs: Any) -> Bundle:
-    """A whole bundle of the toys, its engines built."""
-    plan = folder(out, **graphs)
-    record = build(out, lambda _: None, engines=engines)
-    return sealed(
-        out,
-        artifact=tensorrt.details(record),
-        graphs={
-            name: {"inputs": one.inputs, "outputs": one.outputs}
-            for name, one in plan.graphs.items()
-        },
-        recipe=RECIPES[recipe].to_dict(),
-    )
-
-
-def sealed(out: Path, **changes: Any) -> Bundle:
-    """Write the manifest anew, with the hashes of what is there now; `changes` are its fields'."""
-    if (out / bundles.MANIFEST).exists():
-        values = Manifest.from_json((out / bundles.MANIFEST).read_text()).__dict__
-    else:
-        values = {
-            "schema": bundles.SCHEMA,
-            "source": Source(name="toy", layout="random", sha256="0" * 64),
-            "target": "tensorrt",
-            "quantization": {},
-            "resolution": 8,
-            "context": CONTEXT,
-            "image_tokens": 4,
-            "preprocessing": Preprocessing(
-                strategy=Strategy.PAD, resolution=8, mean=(0, 0, 0), std=(1, 1, 1)
-            ),
-            "prompt_template": "qwen_2",
-            "image_token": "<image>",
-            "image_token_id": 1,
-            "eos_token_ids": (0,),
-            "model": {},
-            "versions": {},
-        }
-    manifest = Manifest(**{**values, **changes, "files": bundles.files_of(out)})
-    (out / bundles.MANIFEST).write_text(manifest.to_json())
-    return bundles.open_bundle(out)
+        log = Log()
+        builder = tensorrt_rtx.Builder(log)
+        typed = 1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(typed)
+        parser = tensorrt_rtx.OnnxParser(network, log)
+        if not parser.parse_from_file(str(lowered.folder / graph.file)):
+            raise AssertionError([parser.get_error(i).desc() for i in range(parser.num_errors)])
+        config = builder.create_builder_config()
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            found = getattr(tensorrt_rtx.ComputeCapability, f"SM{capability}")
+            config.set_compute_capability(found, index)
+        inputs = graph.signature["inputs"]
+        spec = lowered.spec
+        for profile in profiles(inputs, spec.context, spec.image_tokens):
+            shapes = builder.create_optimization_profile()
+            for key, sizes_ in profile.shapes.items():
+                shapes.set_shape(key, sizes_.min, sizes_.opt, sizes_.max)
+            config.add_optimization_profile(shapes)
+        engine = builder.build_serialized_network(network, config)
+        assert engine is not None, messages
+        sizes[name] = engine.nbytes
+    return sizes
