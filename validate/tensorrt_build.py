@@ -123,6 +123,8 @@ class EngineProof:
                 f"Build them where an NVIDIA GPU is: fastvlm-export build BUNDLE "
                 f"--backend {self.record.backend}."
             )
+        if self.gpu:
+            return f"No engine was loaded or run: they are not for the {self.gpu} of this machine."
         return "No engine was loaded or run: that takes an NVIDIA GPU."
 
     def to_dict(self) -> dict[str, object]:
@@ -208,10 +210,13 @@ def engines(bundle: Bundle, say: Callable[[str], None] = lambda _: None) -> Engi
 def _read_back(
     bundle: Bundle, record: BuildRecord, say: Callable[[str], None]
 ) -> tuple[dict[str, "EngineContents"], str]:
-    """What the engines say of themselves where they can be loaded, and on which GPU that is."""
+    """What the engines say of themselves where they can be loaded, and the name of this GPU."""
     gpu = device.find_gpu()
     if gpu is None or not record.built or not tensorrt.availability().run:
         return {}, ""
+    served = record.compute_capabilities
+    if served and gpu.capability not in served:
+        return {}, f"{gpu.name} of compute capability {gpu.capability}"
     from ..targets import tensorrt_inspect  # noqa: PLC0415 - imports TensorRT and CUDA
 
     say(f"reading the engines back on {gpu.name}")

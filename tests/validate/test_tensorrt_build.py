@@ -210,3 +210,15 @@ def test_on_a_gpu_the_engines_are_read_back(whole: Path, monkeypatch: pytest.Mon
     broken = found(whole)
     assert failed(broken, "decoder") == {"differences on the GPU"}
     assert "it has 1 profiles, not 2" in broken.verdict
+
+
+def test_engines_for_other_gpus_are_not_read_back_on_this_one(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(name="NVIDIA Test", capability="89", driver=13000, memory_bytes=1 << 33)
+    ready = tensorrt.availability()
+    monkeypatch.setattr(tensorrt_device, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(tensorrt, "availability", lambda: dataclasses.replace(ready, run=True))
+    proof = found(whole)
+    assert proof.passed
+    assert "not for the NVIDIA Test of compute capability 89 of this machine" in proof.verdict
