@@ -1,9 +1,10 @@
 """What a serialized engine says of itself in its first bytes, which no driver is needed to read.
 
-TensorRT for RTX begins an engine with "vtrt", the number of all bytes, its own version and a bit
-for each compute capability that it serves; so a truncated file, another version's, another GPU's
-and any other file can be told before CUDA is asked for anything. The places of these were found in
-the engines of version 1.7.1; of TensorRT's own format nothing is known, and nothing is checked.
+TensorRT for RTX begins an engine with "vtrt", the number of all bytes, its own version, a bit for
+each compute capability that it serves and the number of bytes of its weights; so a truncated file,
+one without its weights, another version's, another GPU's and any other file can be told before CUDA
+is asked for anything. The places of these were found in the engines of version 1.7.1; of TensorRT's
+own format nothing is known, and nothing is checked.
 """
 
 from pathlib import Path
@@ -15,14 +16,18 @@ HEADER = 64
 SIZE = slice(16, 24)
 VERSION = slice(24, 28)
 SERVED = slice(32, 36)
+WEIGHTS = slice(56, 64)
 CAPABILITIES = ("75", "80", "86", "89", "120", "121")
 """What the bits stand for, the lowest first."""
 
 
 def problems(
-    path: Path, backend: Backend, version: str, capabilities: tuple[str, ...]
+    path: Path, backend: Backend, version: str, capabilities: tuple[str, ...], weight_bytes: int = 0
 ) -> list[str]:
-    """Why the file can't be that version's engine for these GPUs; none: it may be."""
+    """Why the file can't be that version's engine for these GPUs; none: it may be.
+
+    `weight_bytes`: of the graph's stored tensors. The engine may hold them more than once.
+    """
     if backend is not Backend.RTX:
         return []
     with path.open("rb") as file:
@@ -41,4 +46,7 @@ def problems(
     served = tuple(name for place, name in enumerate(CAPABILITIES) if bits >> place & 1)
     if set(served) != set(capabilities):
         found.append(f"{path.name} is for compute capability {', '.join(served) or 'none'}")
+    held = int.from_bytes(head[WEIGHTS], "little")
+    if held < weight_bytes:
+        found.append(f"{path.name} holds {held:,} bytes of weights, the graph {weight_bytes:,}")
     return found

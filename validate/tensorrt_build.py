@@ -339,6 +339,6 @@ def _engine(
     size = path.stat().st_size
     if network is not None and size < network.weight_bytes:
         yield f"{path.name} has {size:,} bytes, its weights alone {network.weight_bytes:,}"
-    yield from tensorrt_header.problems(
-        path, record.backend, record.version, record.compute_capabilities
-    )
+    least = network.weight_bytes if network else 0
+    served = record.compute_capabilities
+    yield from tensorrt_header.problems(path, record.backend, record.version, served, least)

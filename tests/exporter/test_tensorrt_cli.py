@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from fastvlm_export.exporter import options
+from fastvlm_export.exporter import options, pipeline
 from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
+from fastvlm_export.exporter.source import SourceRequest
 from fastvlm_export.targets import tensorrt_device as device
 from fastvlm_export.targets import tensorrt_package as packages
+from fastvlm_export.targets.base import Options
 from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_plan import PLAN, engine_file, read_plan
 from fastvlm_export.targets.tensorrt_record import RECORD, read_record
@@ -252,20 +254,18 @@ def test_a_backend_without_its_package_gets_a_plan_and_parsed_graphs(
 
 
 def test_several_targets_share_one_reference(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "QUESTIONS", 6)
-    monkeypatch.setattr(proof, "STEPS", 8)
-    out = tmp_path / "out"
-    result = run(
-        *TENSORRT,
-        *("--target", "onnx", "--compute-capability", "120", "--out", out, "--runs", 1),
-        *("--quiet", "--json"),
+    request = pipeline.ExportRequest(
+        source=SourceRequest(),
+        out=tmp_path / "out",
+        targets=("tensorrt", "onnx"),
+        steps=4,
+        options=Options(compute_capabilities=("120",)),
     )
-    assert result.code == 0, result.err
-    assert sorted(path.name for path in out.iterdir()) == ["onnx", "tensorrt"]
-    bundles = json.loads(result.out)["bundles"]
-    assert {one["report"]["target"]: bool(one["report"]["engines"]) for one in bundles} == {
-        "tensorrt": True,
-        "onnx": False,
-    }
+    outcomes = pipeline.export(request)
+    assert all(outcome.passed for outcome in outcomes)
+    assert [outcome.path.name for outcome in outcomes] == ["tensorrt", "onnx"]
+    assert [bool(outcome.report.engines) for outcome in outcomes] == [True, False]
+    assert read_plan(tmp_path / "out" / "tensorrt").compute_capabilities == ("120",)

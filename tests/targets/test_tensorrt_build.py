@@ -67,7 +67,11 @@ def test_engines_are_built_without_a_gpu_and_recorded(
         assert engine.bytes == (out / engine_file(name)).stat().st_size > network.weight_bytes > 0
         assert list(graph.sources) == [onnx_file(name)]
         assert not tensorrt_header.problems(
-            out / engine_file(name), Backend.RTX, record.version, ("120", "80")
+            out / engine_file(name),
+            Backend.RTX,
+            record.version,
+            ("120", "80"),
+            network.weight_bytes,
         )
         assert (network.folded, network.odd, network.absent) == ((), (), ())
     assert any(line.startswith("decoder: ") for line in said)
@@ -254,6 +258,10 @@ def test_a_header_tells_a_truncated_and_a_foreign_engine(
     assert "no engine of TensorRT for RTX" in found(b"ptrt" + whole[4:])
     assert "built by version 1.7.1" in found(whole, "9.0.0.1")
     assert "is for compute capability 80, 120" in found(whole, served=("89",))
+    (many,) = tensorrt_header.problems(
+        out / engine_file("vision"), Backend.RTX, record.version, ("80", "120"), 1 << 30
+    )
+    assert "bytes of weights, the graph 1,073,741,824" in many
     path.write_bytes(b"TensorRT's own format is not known")
     assert not tensorrt_header.problems(path, Backend.TENSORRT, "10.13", ())
 

@@ -94,7 +94,8 @@ def test_an_engine_that_is_cut_off_or_another_is_told(bundle: Path) -> None:
     assert failed(found(bundle), "vision") == {"files unlike the record's", "flaws of the engine"}
     assert "of its" in found(bundle).verdict
     path.write_bytes((bundle / engine_file("decoder")).read_bytes())
-    assert failed(found(bundle), "vision") == {"files unlike the record's"}
+    assert failed(found(bundle), "vision") == {"files unlike the record's", "flaws of the engine"}
+    assert "bytes of weights, the graph" in str(found(bundle).to_dict())
     path.unlink()
     assert "vision.engine is missing" in str(found(bundle).to_dict())
     path.write_bytes(b"not an engine at all" * 1000)
