@@ -90,19 +90,20 @@ def _cached(
         mixed, *_ = op.Attention(rotated, keys_seen, values_seen, visible)
     else:
         wide = [_wide(x, query.dtype) for x in (rotated, keys_seen, values_seen)]
-        mixed = _grouped(*wide, visible, (heads, kv_heads, head_dim))
+        mixed = _grouped(wide, visible, (heads, kv_heads, head_dim))
         mixed = _narrowed(mixed, query.dtype)
     together = op.Constant(value_ints=[0, 0, heads * head_dim])
     out = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), together)
     return out, present_key, present_value
 
 
-def _grouped(query: Any, key: Any, value: Any, visible: Any, sizes: tuple[int, int, int]) -> Any:
+def _grouped(tensors: list[Any], visible: Any, sizes: tuple[int, int, int]) -> Any:
     """softmax(query key' / sqrt(d)) value, query [1,H,S,d], the others [1,KV,A,d] -> [1,H,S,d].
 
     Heads that share a key are rows of one matrix product with it, so that no key is repeated.
     """
     heads, kv_heads, head_dim = sizes
+    query, key, value = tensors
     apart = op.Constant(value_ints=[1, kv_heads, heads // kv_heads, -1, head_dim])
     axis = op.Constant(value_ints=[2])
     grouped = op.Reshape(query, apart)
@@ -170,12 +171,13 @@ def keep_cache_type(model: ir.Model) -> None:
     the cache's type instead, and what is looked at becomes float32.
     """
     for scatter in [node for node in model.graph if node.op_type == "TensorScatter"]:
-        cast = scatter.inputs[0].producer()
-        if cast is None or cast.op_type != "Cast" or cast.inputs[0] not in model.graph.inputs:
+        wide, update, place = scatter.inputs
+        cast = None if wide is None else wide.producer()
+        cache = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+        if cache is None or cache.dtype is None or cache not in model.graph.inputs:
             continue
-        cache, update, place = cast.inputs[0], *scatter.inputs[1:]
         builder = Builder(model.graph, scatter)
-        rounded = builder.op("Cast", update, to=int(cache.dtype))
+        rounded = builder.op("Cast", update, to=cache.dtype.value)
         present = builder.op("TensorScatter", cache, rounded, place, axis=2)
         for user, _ in list(scatter.outputs[0].uses()):
             if user.op_type == "Cast":  # back to the cache's type, as the graph returns it
@@ -184,8 +186,7 @@ def keep_cache_type(model: ir.Model) -> None:
                 )
             else:
                 user.replace_input_with(0, present)
-                wide = _widened_behind(user)
-                model.graph.insert_after(user, wide)
+                model.graph.insert_after(user, _widened_behind(user))
         builder.replace(present)
         present.dtype = cache.dtype  # not that of what it replaces
 

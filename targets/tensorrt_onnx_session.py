@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError

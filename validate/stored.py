@@ -1,10 +1,11 @@
-"""Every stored number of a Core ML or ExecuTorch bundle, held against the quantized programs.
+"""Every stored number of a bundle, held against the quantized programs: all but target onnx's.
 
 What a model answers cannot show every weight: no prompt may use an embedding's row, and one integer
 of a hundred million moves nothing by more than roundings do. So each constant tensor that a program
 reads has to be in its package, number by number: weights, integers, scales, zero points, lookup
 indices and tables, biases, rotary tables, the static ranges of activations. A package is here what
-a manifest names: one of Core ML's, or an ExecuTorch file with its functions, the methods.
+a manifest names: one of Core ML's, an ExecuTorch file with its functions, the methods, or an ONNX
+graph that a TensorRT engine is built from.
 
 It is looked up by its numbers, as packages keep no names and hold equal tensors once; of tensors
 that are equal, as many are to be there as there are readers. The other way round a package has no
@@ -121,7 +122,7 @@ def has_stored(bundle: Bundle) -> bool:
 
     if bundle.manifest.target == TargetName.EXECUTORCH:
         return executorch_stored.can_compare(bundle)
-    return bundle.manifest.target == TargetName.COREML
+    return bundle.manifest.target in (TargetName.COREML, TargetName.TENSORRT)
 
 
 def compare_stored(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") -> StoredWeights:
@@ -130,10 +131,12 @@ def compare_stored(bundle: Bundle, programs: "Mapping[str, ExportedProgram]") ->
     One tensor is in memory at a time, beside the programs. Raises ExportError for packages that
     are missing, foreign or damaged.
     """
-    from . import executorch_stored  # noqa: PLC0415 - it imports this module
+    from . import executorch_stored, tensorrt_stored  # noqa: PLC0415 - they import this module
 
     if bundle.manifest.target == TargetName.EXECUTORCH:
         return StoredWeights(functions=tuple(executorch_stored.compare(bundle, programs)))
+    if bundle.manifest.target == TargetName.TENSORRT:
+        return StoredWeights(functions=tuple(tensorrt_stored.compare(bundle, programs)))
     return StoredWeights(functions=tuple(_compare_coreml(bundle, programs)))
 
 
