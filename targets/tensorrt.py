@@ -110,7 +110,7 @@ def problems(
     """Every reason why TensorRT cannot express an adapted recipe."""
     asked = options.compute_capabilities or ()
     return [
-        *tensorrt_recipes.problems(recipe, layers, tied=tied, options=options),
+        *tensorrt_recipes.problems(recipe, layers, tied=tied),
         *tensorrt_gpus.problems(recipe, asked),
     ]
 

@@ -18,15 +18,10 @@ from ..quantize.recipes import (
     Setting,
 )
 from ..quantize.toml_file import shown
-from .base import DEFAULTS, Options
-from .tensorrt_package import CAPABILITIES, Backend, backend_of
 
 GROUP_SIZES = (16, 32, 64, 128)
 """Groups of 4-bit weights that TensorRT's products read as they are: of 256 values, and of 8-bit
 weights in any groups, it makes floats while it builds, and the engine holds those."""
-
-FP8_SINCE = 89
-"""The first compute capability with products of 8-bit floats."""
 
 _LINEAR = (Part.DECODER, Part.HEAD)
 _TAKEN = (Activations.FLOAT, Activations.SYMMETRIC)
@@ -68,7 +63,6 @@ def problems(
     layers: Mapping[str, int] | None,
     *,
     tied: bool = False,
-    options: Options = DEFAULTS,
 ) -> list[str]:
     """Every reason why TensorRT cannot express the recipe, naming the key and what it can do.
 
@@ -83,20 +77,7 @@ def problems(
             line for part in setting.parts for line in _setting_problems(setting, part)
         )
     ]
-    return found + list(_width_problems(recipe, layers or {})) + _fp8_problems(recipe, options)
-
-
-def _fp8_problems(recipe: Recipe, options: Options) -> list[str]:
-    """Compute capabilities without 8-bit floats; TensorRT itself builds for the GPU it finds."""
-    asked = options.compute_capabilities or CAPABILITIES
-    old = [one for one in asked if one.isdigit() and int(one) < FP8_SINCE]
-    if not recipe.fp8 or not old or backend_of(options) is not Backend.RTX:
-        return []
-    fit = ",".join(one for one in asked if one not in old) or str(FP8_SINCE)
-    return [
-        f'format = "fp8" takes compute capabilities from {FP8_SINCE} on, not '
-        f"{_alternatives(old)}: --compute-capability {fit}"
-    ]
+    return found + list(_width_problems(recipe, layers or {}))
 
 
 def _line(key: str, value: object, can: str) -> str:
