@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +52,7 @@ def build(folder: Path, say: Callable[[str], None], *, engines: bool, gpu: str =
         )
     record = BuildRecord(
         backend=plan.backend,
-        **_parser(plan.backend),
+        **_parser(plan.backend, graphs.values()),
         compute_capabilities=plan.compute_capabilities,
         gpu=gpu if engines else "",
         graphs=graphs,
@@ -68,14 +68,17 @@ def parser_for(backend: Backend) -> Backend | None:
     return backend if backend in there else next(iter(there), None)
 
 
-def _parser(backend: Backend) -> dict[str, Any]:
+def _parser(backend: Backend, graphs: Iterable[GraphRecord]) -> dict[str, Any]:
     parser = parser_for(backend)
     if parser is None:
         return {"parser": "", "version": "", "lacks": ()}
     return {
         "parser": parser.value,
         "version": packages.version(parser),
-        "lacks": packages.lacks(packages.load(parser)),
+        "lacks": packages.lacks(
+            packages.load(parser),
+            {name for one in graphs if one.network for name in one.network.written_out},
+        ),
     }
 
 

@@ -196,8 +196,12 @@ def _floats(layer: Mapping[str, Any]) -> set[str]:
 
 
 def _unplanned(layers: Iterable[Mapping[str, Any]], plan: GraphPlan) -> Iterator[str]:
-    """Names of the layers that write float32 where none of their nodes is to."""
+    """Names of the layers that write float32 where none of their nodes is to.
+
+    A node NODE/Where was written for NODE (`tensorrt_older`).
+    """
     for layer in layers:
         nodes = _ORIGIN.findall(str(layer.get("Metadata", "")))
-        if "float32" in _floats(layer) and nodes and not plan.float32_nodes.keys() & set(nodes):
+        named = {*nodes, *(node.rpartition("/")[0] for node in nodes)}
+        if "float32" in _floats(layer) and nodes and not plan.float32_nodes.keys() & named:
             yield str(layer.get("Name", "unnamed"))

@@ -8,6 +8,7 @@ say what it computes in.
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import onnx
 
 from ..exporter.errors import ExportError
 from .tensorrt_log import Log, type_name
+from .tensorrt_older import OPERATORS, Older, without
 from .tensorrt_plan import GraphPlan, Profile, Range
 from .tensorrt_record import Network
 
@@ -44,38 +46,68 @@ def empty_network(package: ModuleType, builder: Any) -> Any:
     return builder.create_network(0 if flag is None else 1 << int(flag))
 
 
-def parse(package: ModuleType, network: Any, log: Log, path: Path, graph: str) -> Any:
-    """Fill the network from the file; returns the parser, which keeps the weights in memory.
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """TensorRT's network of a file, and what the parser lacked and was written in older operators.
 
-    Raises ExportError naming every node that was refused.
+    `parser` keeps the weights in memory.
     """
-    parser = package.OnnxParser(network, log.made)
-    if parser.parse_from_file(str(path)) and not parser.num_errors:
-        return parser
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+
+    network: Any
+    parser: Any
+    older: Older
+
+
+def parse(package: ModuleType, builder: Any, log: Log, path: Path, graph: str) -> Parsed:
+    """A network of the file. Operators that the parser lacks are written out, see `tensorrt_older`.
+
+    What it says of an operator before may be wrong, so that what it refuses counts, too. Raises
+    ExportError naming every node that was refused.
+    """
+    lacking: set[str] = set()
+    while True:
+        network = empty_network(package, builder)
+        parser = package.OnnxParser(network, log.made)
+        lacking |= {name for name in OPERATORS if not parser.supports_operator(name)}
+        older = without(path, lacking)
+        if older.counts:
+            taken = parser.parse(older.model, str(path))  # the path is where the weights lie
+        else:
+            taken = parser.parse_from_file(str(path))
+        if taken and not parser.num_errors:
+            return Parsed(network=network, parser=parser, older=older)
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        refused = {error.node_operator() for error in errors} & OPERATORS.keys()
+        if refused <= lacking:
+            raise _refusal(package, errors, path, graph)
+        lacking |= refused
+
+
+def _refusal(package: ModuleType, errors: Iterable[Any], path: Path, graph: str) -> ExportError:
+    parser = f"{package.__name__} {package.__version__}"
     lines = [
-        f"{graph}: {package.__name__} {package.__version__} refuses node "
+        f"{graph}: {parser} refuses node "
         f"'{error.node_name()}' ({error.node_operator()}): {error.desc().strip()[:300]}"
         if error.node_operator()
-        else f"{graph}: {package.__name__} {package.__version__}: {error.desc().strip()[:300]}"
+        else f"{graph}: {parser}: {error.desc().strip()[:300]}"
         for error in errors
     ]
-    raise ExportError(
+    return ExportError(
         "\n".join(dict.fromkeys(lines)) or f"{graph}: {package.__name__} cannot read {path.name}.",
         "Export the bundle again, or install a newer version of the package.",
     )
 
 
-def describe(
-    package: ModuleType, network: Any, plan: GraphPlan, float_type: str, path: Path
-) -> Network:
+def describe(parsed: Parsed, plan: GraphPlan, float_type: str, path: Path) -> Network:
     """What the parser made of the file, held against what the plan says it computes in."""
+    network, older = parsed.network, parsed.older
     model = onnx.load(str(path), load_external_data=False)
     nodes = [node.name for node in model.graph.node]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    origins = dict(_origins(layers))
+    origins = {layer: older.origins.get(node, node) for layer, node in _origins(layers)}
     seen = set(origins.values())
-    float32, odd = _floats(layers, origins, plan.float32_nodes, float_type)
+    allowed = {**plan.float32_nodes, **older.float32}
+    float32, odd = _floats(layers, origins, allowed, float_type)
     return Network(
         nodes=len(nodes),
         folded=tuple(name for name in nodes if name not in seen),
@@ -88,6 +120,7 @@ def describe(
         odd=odd,
         absent=tuple(sorted(set(plan.float32_nodes) - set(nodes))),
         weight_bytes=weight_bytes(model),
+        written_out=older.counts,
     )
 
 

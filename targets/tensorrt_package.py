@@ -7,7 +7,7 @@ nothing without one.
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from importlib import metadata
 from importlib.util import find_spec
@@ -55,6 +55,17 @@ ABILITIES = {
     "DataType.INT4": "4-bit weights",
 }
 """What the graphs use that not every version has: a member of the module -> what it is for."""
+
+OPERATORS = {
+    "TensorScatter": ABILITIES["LayerType.KV_CACHE_UPDATE"],
+    "RotaryEmbedding": ABILITIES["LayerType.ROTARY_EMBEDDING"],
+    "Attention": ABILITIES["LayerType.ATTENTION_INPUT"],
+    "RMSNormalization": "RMS norms as one layer (RMSNormalization)",
+}
+"""What a version has not whose parser lacks an operator."""
+
+NO_FUSED_ATTENTION = "this version has no fused attention"
+"""Why nodes of Attention that are written out compute in float32 among narrower floats."""
 
 _CAPABILITY = re.compile(r"SM(\d+)")
 
@@ -110,9 +121,14 @@ def capabilities(package: ModuleType) -> tuple[str, ...]:
     return tuple(sorted(found, key=int))
 
 
-def lacks(package: ModuleType) -> tuple[str, ...]:
-    """What the graphs use and this version has not; none where it has all."""
-    return tuple(what for path, what in ABILITIES.items() if not _has(package, path))
+def lacks(package: ModuleType, written_out: Collection[str] = ()) -> tuple[str, ...]:
+    """What the graphs use and this version has not; none where it has all.
+
+    `written_out`: operators that its parser lacks, so that others stand for them.
+    """
+    members = [what for path, what in ABILITIES.items() if not _has(package, path)]
+    parser = [what for name, what in OPERATORS.items() if name in written_out]
+    return tuple(dict.fromkeys(members + parser))
 
 
 def _has(package: Any, path: str) -> bool:

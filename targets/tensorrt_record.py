@@ -7,7 +7,7 @@ the same bytes. Times are kept apart, in the report's folder, which is not part 
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -39,6 +39,7 @@ class Network:
     another, with the number of those layers; `odd` are layers that compute in a float type that
     neither the plan nor its exceptions allow. `absent` are exceptions for nodes that there are not.
     `weight_bytes` counts every stored tensor of more than a kilobyte once, in its own type.
+    `written_out`: operator that the parser lacks -> its nodes, which other operators stand for.
     """
 
     nodes: int
@@ -52,6 +53,7 @@ class Network:
     odd: tuple[str, ...]
     absent: tuple[str, ...]
     weight_bytes: int
+    written_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any
 from ..exporter.errors import ExportError
 from ..exporter.memory import peak_memory
 from .tensorrt_log import Log
-from .tensorrt_network import add_profiles, describe, empty_network, parse
+from .tensorrt_network import add_profiles, describe, parse
 from .tensorrt_package import NAMES, Backend, installed, load, version
 from .tensorrt_plan import Plan, read_plan
 from .tensorrt_record import Effort, Network
@@ -68,18 +68,18 @@ def work(
     start = time.perf_counter()
     say("parsing")
     builder = package.Builder(log.made)
-    network = empty_network(package, builder)
-    parser = parse(package, network, log, folder / one.onnx, graph)
-    found = describe(package, network, one, plan.float_type, folder / one.onnx)
+    parsed = parse(package, builder, log, folder / one.onnx, graph)
+    network = parsed.network
+    found = describe(parsed, one, plan.float_type, folder / one.onnx)
     config = _configuration(package, builder, plan if build else None, say)
     profiles = add_profiles(builder, config, network, one, graph)
-    parsed = time.perf_counter()
+    known = time.perf_counter()
     if build:
         _build(builder, network, config, log, folder / one.engine, graph, backend)
-    del parser  # it owns the weights until the engine is built
+    del parsed  # the parser owns the weights until the engine is built
     effort = Effort(
-        parse_seconds=parsed - start,
-        build_seconds=time.perf_counter() - parsed if build else 0.0,
+        parse_seconds=known - start,
+        build_seconds=time.perf_counter() - known if build else 0.0,
         peak_memory_bytes=peak_memory(),
     )
     return dataclasses.replace(found, profiles=profiles), effort

@@ -14,7 +14,7 @@ from ..exporter.errors import ExportError
 from ..targets import TargetName, tensorrt, tensorrt_build, tensorrt_header
 from ..targets import tensorrt_device as device
 from ..targets import tensorrt_package as packages
-from ..targets.tensorrt_package import NAMES, Backend
+from ..targets.tensorrt_package import NAMES, NO_FUSED_ATTENTION, Backend
 from ..targets.tensorrt_plan import GRAPHS, GraphPlan, Plan, parse_tensor, read_plan
 from ..targets.tensorrt_record import (
     BuildRecord,
@@ -57,7 +57,8 @@ class GraphProof:
     def reasons(self) -> dict[str, tuple[int, str]]:
         """Node -> layers of it that compute in float32 among narrower floats, and why."""
         found = self.network.float32 if self.network else {}
-        return {node: (count, self.plan.float32_nodes[node]) for node, count in found.items()}
+        why = self.plan.float32_nodes
+        return {node: (count, why.get(node, NO_FUSED_ATTENTION)) for node, count in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,9 @@ def details(found: EngineProof) -> Iterator[tuple[str, str]]:
             continue
         kinds = sorted(one.network.kinds.items(), key=lambda pair: -pair[1])
         yield f"{name}, layers", _some([f"{count} {kind.lower()}" for kind, count in kinds])
+        if one.network.written_out:
+            nodes = [f"{count} {kind}" for kind, count in one.network.written_out.items()]
+            yield f"{name}, nodes in older operators", _some(nodes)
         if one.reasons:
             yield (
                 f"{name}, in float32",
