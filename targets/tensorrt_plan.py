@@ -7,10 +7,10 @@ another machine. It is read strictly: somebody else may have written it.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..exporter.errors import ExportError
 from .tensorrt_package import Backend
@@ -39,6 +39,7 @@ _TENSOR = re.compile(r"(\w+)\[([\w,]*)\]")
 _NAME = re.compile(r"[\w.\-]{1,200}")
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +145,25 @@ def profiles(inputs: Mapping[str, str], context: int, image_tokens: int) -> tupl
 
 def read_plan(folder: Path) -> Plan:
     """The plan of a bundle. Raises ExportError for a missing file and for any oddity in it."""
-    path = folder / PLAN
+    return read_strictly(folder, PLAN, _plan)
+
+
+def read_strictly(folder: Path, name: str, make: Callable[[Any], T]) -> T:
+    """What `make` makes of a bundle's JSON file. Raises ExportError where it can't be read.
+
+    So it does where `make` raises AttributeError, KeyError, TypeError or ValueError.
+    """
+    path = folder / name
     try:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ExportError(f"{folder} has no {PLAN}.", HINT) from error
+        raise ExportError(f"{folder} has no {name}.", HINT) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}", HINT) from error
     try:
-        return _plan(values)
+        return make(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"{PLAN} is damaged: {error}.", HINT) from error
+        raise ExportError(f"{name} is damaged: {error!r}.", HINT) from error
 
 
 def _plan(values: Any) -> Plan:

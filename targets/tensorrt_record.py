@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..exporter.errors import ExportError
 from .tensorrt_package import Backend
-from .tensorrt_plan import GRAPHS, HINT, Profile, Range
+from .tensorrt_plan import GRAPHS, Profile, Range, read_strictly
 
 RECORD = "build_record.json"
 TIMES = "engines.json"
@@ -123,17 +122,7 @@ def network_from(values: Any) -> Network:
 
 def read_record(folder: Path) -> BuildRecord:
     """The record of a bundle. Raises ExportError for a missing file and for any oddity in it."""
-    path = folder / RECORD
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ExportError(f"{folder} has no {RECORD}.", HINT) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read: {error}", HINT) from error
-    try:
-        return _record(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"{RECORD} is damaged: {error!r}.", HINT) from error
+    return read_strictly(folder, RECORD, _record)
 
 
 def _record(values: Any) -> BuildRecord:

@@ -98,6 +98,7 @@ class DeviceLatency:
             "tokens_per_second": self.tokens_per_second,
             "first_text": self.first_text,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "on_device": {},  # of a GPU's own clock
         }
         return {
             "definition": (__doc__ or "").strip(),

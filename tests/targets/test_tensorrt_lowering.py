@@ -4,8 +4,10 @@ Differences are of the largest number of a stage. FLOAT32 and HALF are roundings
 operators in a row; in BFLOAT16 a rounding is 8 times HALF's.
 """
 
+import functools
 import importlib.util
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,13 @@ import pytest
 
 from fastvlm_export.exporter import checkpoint as checkpoints
 from fastvlm_export.exporter import pipeline
-from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import onnx_files, tensorrt_float32
 from fastvlm_export.targets.tensorrt_plan import GRAPHS
 
+from . import tensorrt_toys
 from .conftest import in_data_files
-from .tensorrt_toys import build, lower, small, worst_of_all
+from .tensorrt_toys import Lowered, build, lower, worst_of_all
 
 FLOAT32, HALF, BFLOAT16 = 5e-6, 1e-2, 8e-2
 
@@ -28,13 +31,28 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
+Small = Callable[..., Lowered]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """`tensorrt_toys.small`, each model lowered once."""
+
+    @functools.cache
+    def lowered(recipe: Recipe, head_dim: int = 16, **options: bool) -> Lowered:
+        folder = tmp_path_factory.mktemp("small")
+        return tensorrt_toys.small(recipe, folder, head_dim, **options)
+
+    return lowered
+
+
 def operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 20, 24])
-def test_float32_is_pytorchs_whatever_the_heads(head_dim: int, tmp_path: Path) -> None:
-    lowered = small(RECIPES["fp32"], tmp_path, head_dim)
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_float32_is_pytorchs_whatever_the_heads(head_dim: int, small: Small) -> None:
+    lowered = small(RECIPES["fp32"], head_dim)
     found = worst_of_all(lowered.session, lowered.reference, lowered.spec)
     assert max(found.values()) < FLOAT32, found
     decoder = lowered.onnx("decoder")
@@ -45,17 +63,17 @@ def test_float32_is_pytorchs_whatever_the_heads(head_dim: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("tied", "biases"), [(True, True), (False, False)])
-def test_tied_heads_and_vicunas_layers(tied: bool, biases: bool, tmp_path: Path) -> None:
-    lowered = small(RECIPES["fp32"], tmp_path, tied=tied, biases=biases)
+def test_tied_heads_and_vicunas_layers(tied: bool, biases: bool, small: Small) -> None:
+    lowered = small(RECIPES["fp32"], tied=tied, biases=biases)
     found = worst_of_all(lowered.session, lowered.reference, lowered.spec)
     assert max(found.values()) < FLOAT32, found
 
 
-@pytest.mark.parametrize(("head_dim", "fused"), [(8, False), (16, True), (20, False), (24, True)])
+@pytest.mark.parametrize(("head_dim", "fused"), [(8, False), (16, True), (24, True)])
 def test_float16_is_fused_where_there_is_a_kernel_and_else_in_float32(
-    head_dim: int, fused: bool, tmp_path: Path
+    head_dim: int, fused: bool, small: Small
 ) -> None:
-    lowered = small(RECIPES["fp16"], tmp_path, head_dim)
+    lowered = small(RECIPES["fp16"], head_dim)
     found = worst_of_all(lowered.session, lowered.reference, lowered.spec)
     assert max(found.values()) < HALF, found
     decoder, layers = lowered.onnx("decoder"), lowered.spec.decoder.layers
@@ -70,10 +88,10 @@ def test_float16_is_fused_where_there_is_a_kernel_and_else_in_float32(
 
 
 def test_what_the_range_scan_keeps_in_float32_is_named_and_the_cache_is_written_in_place(
-    tmp_path: Path,
+    small: Small,
 ) -> None:
     recipe = replace(RECIPES["fp16"], range_limit=4.0)
-    lowered = small(recipe, tmp_path)
+    lowered = small(recipe)
     found = worst_of_all(lowered.session, lowered.reference, lowered.spec)
     assert max(found.values()) < HALF, found
     reasons = lowered.graphs["decoder"].float32_nodes
@@ -88,8 +106,8 @@ def test_what_the_range_scan_keeps_in_float32_is_named_and_the_cache_is_written_
     assert {value.type.tensor_type.elem_type for value in caches} == {half}
 
 
-def test_nodes_are_named_after_their_modules(tmp_path: Path) -> None:
-    lowered = small(RECIPES["fp32"], tmp_path)
+def test_nodes_are_named_after_their_modules(small: Small) -> None:
+    lowered = small(RECIPES["fp32"])
     for graph in GRAPHS:
         names = [node.name for node in lowered.onnx(graph).graph.node]
         assert len(names) == len(set(names)) == lowered.graphs[graph].nodes
@@ -104,8 +122,8 @@ def test_nodes_are_named_after_their_modules(tmp_path: Path) -> None:
     assert counted["Range"] == counted["Shape"] == 2  # once for all layers
 
 
-def test_sizes_are_the_contracts(tmp_path: Path) -> None:
-    lowered = small(RECIPES["fp16"], tmp_path)
+def test_sizes_are_the_contracts(small: Small) -> None:
+    lowered = small(RECIPES["fp16"])
     spec, config = lowered.spec, lowered.spec.decoder
     cache = f"float16[1,{config.kv_heads},{spec.context},{config.head_dim}]"
     decoder = lowered.graphs["decoder"].signature
@@ -121,23 +139,21 @@ def test_sizes_are_the_contracts(tmp_path: Path) -> None:
     assert vision["outputs"] == {"image_features": features}
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int4"])
 def test_large_weights_lie_in_data_files_and_the_same_model_gives_the_same_bytes(
-    recipe: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     with in_data_files():
         for folder in folders:
             folder.mkdir()
-            lowered = small(RECIPES[recipe], folder)
+            lowered = tensorrt_toys.small(RECIPES["fp32"], folder)
     first, second = (
         {path.name: path.read_bytes() for path in (folder / "onnx").iterdir()} for folder in folders
     )
     assert first == second
     assert {"vision.onnx_data", "decoder.onnx_data"} <= first.keys()
     found = worst_of_all(lowered.session, lowered.reference, lowered.spec)
-    assert found["embeddings"] == 0
-    assert found["logits"] < HALF, found
+    assert max(found.values()) < FLOAT32, found
     assert onnx_files.INLINE_LIMIT > 10_000
 
 
@@ -151,25 +167,25 @@ def test_large_weights_lie_in_data_files_and_the_same_model_gives_the_same_bytes
         ("fp16", 24),
         ("int8", 20),
         ("int4", 16),
-        ("bf16", 24),
+        ("bf16", 16),
     ],
 )
-def test_engines_build(recipe: str, head_dim: int, tmp_path: Path) -> None:
-    lowered = small(RECIPES[recipe], tmp_path, head_dim)
+def test_engines_build(recipe: str, head_dim: int, small: Small) -> None:
+    lowered = small(RECIPES[recipe], head_dim)
     sizes = build(lowered, "80", "120")
     assert all(size > 10_000 for size in sizes.values()), sizes
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["fp16", "int8"])  # the others: tests/exporter
 def test_the_trained_model_answers_as_in_pytorch(recipe: str, tmp_path: Path) -> None:
     checkpoint = checkpoints.bundled()
     spec = pipeline.contract(checkpoint, None, None)
     lowered = lower(checkpoint.model(), spec, RECIPES[recipe], tmp_path)
     found = worst_of_all(lowered.session, lowered.reference, spec)
     assert found["embeddings"] == 0
-    assert found["logits"] < (FLOAT32 if recipe == "fp32" else HALF), found
+    assert found["logits"] < HALF, found
     # Noise is rounded to integers where a bit decides between two.
-    assert found["features"] < {"fp32": FLOAT32, "fp16": HALF}.get(recipe, 0.1), found
+    assert found["features"] < {"fp16": HALF}.get(recipe, 0.1), found
     if recipe == "fp16":
         reasons = [why for graph in lowered.graphs.values() for why in graph.float32_nodes.values()]
         norms = 2 * spec.decoder.layers + 1
@@ -179,11 +195,11 @@ def test_the_trained_model_answers_as_in_pytorch(recipe: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("recipe", "limit"), [("bf16", BFLOAT16), ("fp8", 0.3)])
-def test_bfloat16_and_fp8_in_onnx_runtime(recipe: str, limit: float, tmp_path: Path) -> None:
+def test_bfloat16_and_fp8_in_onnx_runtime(recipe: str, limit: float, small: Small) -> None:
     """ONNX Runtime has no bfloat16: each operator's float32 result is rounded to it. In fp8 an
     eighth of a number is between one and the next, so that a bit's difference may grow to that.
     """
-    lowered = small(RECIPES[recipe], tmp_path)
+    lowered = small(RECIPES[recipe])
     found = worst_of_all(lowered.session, lowered.reference, lowered.spec)
     assert found["embeddings"] == 0
     assert max(found.values()) < limit, found
