@@ -10,7 +10,7 @@ from ..validate import placement
 from ..validate.latency import Backend, LatencyResult, Plan
 from ..validate.placement import Placement
 from ..validate.proof import pytorch_peer, time_bundle
-from ..validate.sessions import open_session, runtime
+from ..validate.sessions import not_timed, open_session, runtime
 from . import prompt
 from .bundle import Bundle, open_bundle
 from .clock import Clock
@@ -166,10 +166,11 @@ def _compute_units(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:
             "See examples/ios; a bundle of --backend xnnpack is timed here, too.",
         )
     if not where.device and target == TargetName.TENSORRT:
+        remedy = tensorrt.availability().remedy
         raise ExportError(
             f"Engines are timed on an NVIDIA GPU. Here there is only {where.name}, whose speed "
             "says nothing about one.",
-            f"{tensorrt.availability().remedy} There: fastvlm-export bench {bundle.path}",
+            f"{remedy} There: fastvlm-export bench {bundle.path}" if remedy else not_timed(bundle),
         )
     if not where.device:
         command = " ".join(["bench", str(bundle.path), *(f"--compute-units {u}" for u in asked)])

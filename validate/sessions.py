@@ -14,8 +14,10 @@ from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..quantize.recipes import recorded
 from ..targets import TargetName, executorch_backends
+from ..targets import tensorrt_package as nvidia
 from ..targets.base import Session
 from ..targets.executorch_model import Backend
+from ..targets.tensorrt_device import Gpu, find_gpu
 
 NAMES: dict[str, str] = {
     TargetName.ONNX: "ONNX Runtime",
@@ -51,6 +53,11 @@ ENGINES_NOT_TIMED = (
     "Latency is not measured here: no engine ran, as that takes an NVIDIA GPU. ONNX Runtime says "
     "what the graphs of the engines compute, not how fast. On a machine with one: "
 )
+FOREIGN_NOT_TIMED = (
+    "Latency is not measured here: the engines are for compute capability {served}, and {gpu} has "
+    "{capability}. For this GPU: fastvlm-export build BUNDLE {how}, then fastvlm-export bench "
+    "BUNDLE"
+)
 
 
 def runs_here(target: str, backend: str | None = None) -> Runtime | None:
@@ -79,6 +86,14 @@ def not_timed(bundle: Bundle) -> str:
     if runtime(bundle).device:
         return ""
     if bundle.manifest.target == TargetName.TENSORRT:
+        if gpu := _foreign_gpu(bundle):
+            unknown = nvidia.capability_problems(nvidia.Backend.RTX, (gpu.capability,))
+            return FOREIGN_NOT_TIMED.format(
+                served=", ".join(_served(bundle)),
+                gpu=gpu.name,
+                capability=gpu.capability,
+                how="--backend tensorrt" if unknown else f"--compute-capability {gpu.capability}",
+            )
         build = "" if _has_engines(bundle) else "fastvlm-export build BUNDLE, then "
         return f"{ENGINES_NOT_TIMED}{build}fastvlm-export bench BUNDLE"
     return NOT_TIMED if bundle.manifest.target == TargetName.COREML else DELEGATES_NOT_TIMED
@@ -93,9 +108,9 @@ def runtime(bundle: Bundle) -> Runtime:
     """What `open_session` runs this bundle in. Raises ExportError where nothing can."""
     target, backend = bundle.manifest.target, _backend(bundle)
     found = runs_here(target, backend)
-    if target == TargetName.TENSORRT and not _has_engines(bundle):
+    if target == TargetName.TENSORRT and (not _has_engines(bundle) or _foreign_gpu(bundle)):
         found = _runs_graphs()
-        if found is None:
+        if found is None and not _has_engines(bundle):
             raise ExportError(
                 f"{bundle.path} has no engines yet, and its ONNX graphs can't be run here.",
                 "On the machine with the GPU: fastvlm-export build BUNDLE. Or to run the graphs: "
@@ -119,6 +134,18 @@ def _backend(bundle: Bundle) -> str | None:
 def _has_engines(bundle: Bundle) -> bool:
     """Whether a TensorRT bundle has been built, and not only been made ready for it."""
     return bool(bundle.manifest.artifact.get("engines"))
+
+
+def _served(bundle: Bundle) -> tuple[str, ...]:
+    """The compute capabilities that engines are for; none: that of the GPU they were built on."""
+    named = str(bundle.manifest.artifact.get("compute_capabilities", ""))
+    return tuple(one for one in named.split(",") if one)
+
+
+def _foreign_gpu(bundle: Bundle) -> Gpu | None:
+    """The GPU of this machine where the engines are for others, so that it can't run them."""
+    gpu, served = find_gpu(), _served(bundle)
+    return gpu if gpu and served and gpu.capability not in served else None
 
 
 def _has_interpreter(bundle: Bundle) -> bool:

@@ -17,6 +17,7 @@ from fastvlm_export.targets import (
     tensorrt_onnx_session,
 )
 from fastvlm_export.targets.base import Availability
+from fastvlm_export.targets.tensorrt_device import Gpu
 from fastvlm_export.validate import mil, sessions
 from fastvlm_export.validate.sessions import GRAPHS, INTERPRETER, Runtime
 
@@ -207,6 +208,27 @@ def test_engines_run_on_a_gpu_and_elsewhere_onnx_runtime_runs_their_graphs(
             assert "build" not in sessions.not_timed(built)
     assert not GRAPHS.device
     assert not sessions.has_exact(built)
+
+
+@pytest.mark.parametrize(
+    ("capability", "how"), [("86", "--compute-capability 86"), ("90", "--backend tensorrt")]
+)
+def test_engines_for_other_gpus_are_proven_by_their_graphs_and_how_to_build_others_is_said(
+    monkeypatch: pytest.MonkeyPatch, capability: str, how: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    Machine(monkeypatch, onnx=has(lower=True, run=True), tensorrt=has(lower=True, run=True))
+    gpu = Gpu(name="Toy", capability=capability, driver=13000, memory_bytes=2**33)
+    monkeypatch.setattr(sessions, "find_gpu", lambda: gpu)
+    facts = {"backend": "tensorrt-rtx", "engines": 1}
+    foreign = bundle("tensorrt", artifact={**facts, "compute_capabilities": "80,120"})
+    own = bundle("tensorrt", artifact={**facts, "compute_capabilities": f"80,{capability}"})
+    assert sessions.runtime(foreign) == GRAPHS
+    said = sessions.not_timed(foreign)
+    assert f"for compute capability 80, 120, and Toy has {capability}" in said
+    assert f"fastvlm-export build BUNDLE {how}, then" in said
+    assert sessions.runtime(own).device
+    assert sessions.not_timed(own) == ""
 
 
 def test_without_a_gpu_and_onnx_runtime_a_tensorrt_bundle_cannot_be_opened(
