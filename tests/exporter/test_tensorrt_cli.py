@@ -253,6 +253,7 @@ def test_a_backend_without_its_package_gets_a_plan_and_parsed_graphs(
     assert report["engines"]["parser"] == "tensorrt-rtx"
 
 
+@pytest.mark.slow
 def test_several_targets_share_one_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

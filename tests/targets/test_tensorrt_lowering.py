@@ -166,7 +166,7 @@ def test_large_weights_lie_in_data_files_and_the_same_model_gives_the_same_bytes
         ("fp16", 16),
         ("fp16", 24),
         ("int8", 20),
-        ("int4", 16),
+        pytest.param("int4", 16, marks=pytest.mark.slow),  # built in tests/exporter, too
         ("bf16", 16),
     ],
 )
