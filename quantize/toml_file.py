@@ -22,6 +22,12 @@ LISTED_FILES = 10
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
+def either(values: Iterable[object]) -> str:
+    """`16, 32 or 64`; there must be one."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def shown(value: object) -> str:
     """A value as TOML writes it, cut where it is long; plain ASCII, whatever it holds."""
     try:

@@ -1,6 +1,6 @@
 """Which recipes ONNX files and ONNX Runtime's kernels can express."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from ..quantize.recipe_file import PER_CHANNEL
 from ..quantize.recipe_layers import undivided
@@ -18,7 +18,7 @@ from ..quantize.recipes import (
     Recipe,
     Setting,
 )
-from ..quantize.toml_file import shown
+from ..quantize.toml_file import either, shown
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What MatMulNBits takes as `block_size`."""
@@ -60,12 +60,6 @@ def _line(key: str, value: object, can: str) -> str:
     return f"{key} is {shown(value)}: target 'onnx' takes {can}"
 
 
-def _alternatives(names: Sequence[str]) -> str:
-    """`"rtn", "hqq" or "gptq"`."""
-    *most, last = map(shown, names)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
 def _setting_problems(setting: Setting) -> Iterator[str]:
     """One precision by itself, for each part that its layers may belong to; once each line."""
     if setting.precision.bits is None:
@@ -81,7 +75,7 @@ def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
         return
     if precision.palettized:  # the rest means other things there
         scales = [method for method in METHODS[part] if method is not Method.PALETTE]
-        yield _line(f"{key}.method", precision.method, _alternatives(scales))
+        yield _line(f"{key}.method", precision.method, either(map(shown, scales)))
         return
     linear = part in _LINEAR
     blocks = linear and precision.group_size is not None
@@ -101,7 +95,7 @@ def _precision_problems(setting: Setting, part: Part) -> Iterator[str]:
         where = "without a group_size" if linear else f"for the {part}"
         yield _line(f"{key}.symmetric", False, f"symmetric weights {where}")
     if precision.activations not in _ACTIVATIONS[part]:
-        can = f"{_alternatives(_ACTIVATIONS[part])} for the {part}"
+        can = f"{either(map(shown, _ACTIVATIONS[part]))} for the {part}"
         yield _line(f"{key}.activations", precision.activations, can)
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")

@@ -1,6 +1,6 @@
 """Recipes as TensorRT computes them, and what its operators cannot express."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..quantize.recipe_file import PER_CHANNEL
@@ -17,7 +17,7 @@ from ..quantize.recipes import (
     Recipe,
     Setting,
 )
-from ..quantize.toml_file import shown
+from ..quantize.toml_file import either, shown
 
 GROUP_SIZES = (16, 32, 64, 128)
 """Groups of 4-bit weights that TensorRT's products read as they are: of 256 values, and of 8-bit
@@ -84,20 +84,15 @@ def _line(key: str, value: object, can: str) -> str:
     return f"{key} is {shown(value)}: target 'tensorrt' takes {can}"
 
 
-def _alternatives(values: Sequence[object]) -> str:
-    *most, last = (value if isinstance(value, str) else str(value) for value in values)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
 def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
     """One precision by itself, for a part that its layers may belong to."""
     key, precision = setting.key, setting.precision
     if precision.palettized:  # the rest means other things there
         scales = [shown(method) for method in METHODS[part] if method is not Method.PALETTE]
-        yield _line(f"{key}.method", precision.method, _alternatives(scales))
+        yield _line(f"{key}.method", precision.method, either(scales))
         return
     linear = part in _LINEAR
-    sizes = _alternatives(GROUP_SIZES)
+    sizes = either(GROUP_SIZES)
     if precision.bits not in ((4, 8) if linear else (8,)):
         can = f"4 with a group_size ({sizes}), or 8" if linear else f"8 for the {part}"
         yield _line(f"{key}.bits", precision.bits, can)
@@ -111,7 +106,7 @@ def _setting_problems(setting: Setting, part: Part) -> Iterator[str]:
     if not precision.symmetric:
         yield _line(f"{key}.symmetric", False, "symmetric weights")
     if precision.activations not in _ACTIVATIONS[part]:
-        can = _alternatives([shown(taken) for taken in _ACTIVATIONS[part]])
+        can = either([shown(taken) for taken in _ACTIVATIONS[part]])
         yield _line(f"{key}.activations", precision.activations, f"{can} for the {part}")
     if precision.activation_bits != 8:
         yield _line(f"{key}.activation_bits", precision.activation_bits, "8")
@@ -125,7 +120,7 @@ def _width_problems(recipe: Recipe, layers: Mapping[str, int]) -> Iterator[str]:
 
     for key, size, width, names in undivided(recipe, layers, in_groups):
         fit = [block for block in GROUP_SIZES if width % block == 0]
-        can = _alternatives([*fit, f"{shown(PER_CHANNEL)} with 8 bits"])
+        can = either([*fit, f"{shown(PER_CHANNEL)} with 8 bits"])
         yield (
             f"{key}.group_size is {size}: it does not divide the input width {width} of "
             f"{names}, where target 'tensorrt' takes {can}"

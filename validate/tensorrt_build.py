@@ -7,6 +7,7 @@ installed parser once more, in a process of its own, and held against plan, mani
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..exporter.bundle import REPORT_FOLDER, Bundle
@@ -250,7 +251,7 @@ def _found(
     if same and network is not None and _comparable(record):
         found["facts unlike the record's"] = _facts(recorded.network, network)
     if recorded.engine is not None:
-        found["flaws of the engine"] = list(_engine(bundle, record, name, network))
+        found["flaws of the engine"] = list(_engine(bundle.path / graph.engine, record, network))
     return found
 
 
@@ -329,11 +330,8 @@ def _facts(recorded: Network | None, found: Network) -> list[str]:
     return [f"{key} was {then.get(key)!r}"[:200] for key in now if then.get(key) != now[key]]
 
 
-def _engine(
-    bundle: Bundle, record: BuildRecord, name: str, network: Network | None
-) -> Iterable[str]:
+def _engine(path: Path, record: BuildRecord, network: Network | None) -> Iterable[str]:
     """What can be said of an engine without a driver: its size, and what its header says."""
-    path = bundle.path / read_plan(bundle.path).graphs[name].engine
     if not path.is_file():
         yield f"{path.name} is missing"
         return
