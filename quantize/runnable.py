@@ -1,6 +1,7 @@
 """An ExportedProgram as a function: how PyTorch itself runs what every target is held to."""
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,11 +93,21 @@ class Float32Interpreter(Interpreter):
         _split_fp8(graph, exact)
         super().__init__(program.graph_module, graph=graph)
         self.exact = exact
+        self.narrow = {node for node in graph.nodes if not exact and _makes_narrow(node)}
         self.constants = self._constants([_widened(x) for x in lifted(program)])
+        self.computed = [node for node in graph.nodes if node not in self.constants]
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The program's own inputs -> its outputs, each as it is inside."""
-        return super().run(*args, initial_env=dict(self.constants), **kwargs)
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        """The program's own inputs -> its outputs, each as it is inside.
+
+        As in the base class, without its traces of every node: small models take twice as long.
+        """
+        self.env, self.args_iter = dict(self.constants), iter(args)
+        for node in self.computed:
+            self.env[node] = self.run_node(node)
+            for read in self.user_to_last_uses.get(node, ()):
+                del self.env[read]
+        return self.env[self.computed[-1]]
 
     @torch.inference_mode()
     def _constants(self, weights: list[Tensor]) -> dict[Node, Any]:
@@ -115,20 +126,20 @@ class Float32Interpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operator that makes 16 bits makes float32 here; with `exact` no integers are made."""
         move = _MOVE.get()
-        rounds = target in (round_activations, round_fp8) or str(target) == QUANTIZE
+        name = _name(target)
+        rounds = target in (round_activations, round_fp8) or name == QUANTIZE
         if move and not self.exact and rounds:
             args = (move(args[0]), *args[1:])
-        if str(target) in (EXACT if self.exact else TYPED):
-            return (EXACT if self.exact else TYPED)[str(target)](*args)
+        if name in (EXACT if self.exact else TYPED):
+            return (EXACT if self.exact else TYPED)[name](*args)
         args = map_aggregate(args, _wide_type)
         return super().call_function(target, args, map_aggregate(kwargs, _wide_type))
 
     def run_node(self, n: Node) -> Any:
         """Compute and round."""
-        value = super().run_node(n)
-        if self.exact or n.op != "call_function" or n.target is operator.getitem:
-            return value
-        return pytree.tree_map(_rounded, value, n.meta["val"])
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        value = getattr(self, n.op)(n.target, args, kwargs)
+        return pytree.tree_map(_rounded, value, n.meta["val"]) if n in self.narrow else value
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, *_: Any) -> Tensor:
@@ -184,6 +195,21 @@ def _split_fp8(graph: FxGraph, exact: bool) -> None:
         graph.erase_node(node)
 
 
+_name = functools.cache(str)
+"""Of an operator: making it takes as long as running a small one."""
+
+
+def _makes_narrow(node: Node) -> bool:
+    """Whether a node computes values that the program stores in 16 bits."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    return any(_is_narrow(value) for value in pytree.tree_leaves(node.meta["val"]))
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in NARROW
+
+
 def _wide_type(value: Any) -> Any:
     return torch.float32 if isinstance(value, torch.dtype) and value in NARROW else value
 
@@ -193,5 +219,4 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _rounded(x: Any, as_traced: Any) -> Any:
-    narrow = isinstance(as_traced, Tensor) and as_traced.dtype in NARROW
-    return x.to(as_traced.dtype).float() if narrow else x
+    return x.to(as_traced.dtype).float() if _is_narrow(as_traced) else x
