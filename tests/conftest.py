@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Models this small only lose by sharing the cores; children inherit it. Before torch is imported.
@@ -12,6 +13,12 @@ from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvit
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 
 from . import shared
+
+
+def pytest_collection_finish() -> None:
+    """What all the imports made stays: else each full collection looks through it, for a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def randomize(model: FastVLM) -> FastVLM:
