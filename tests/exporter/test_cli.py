@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from fastvlm_export.exporter import running
 from fastvlm_export.exporter.bundle import files_of
 from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
+from fastvlm_export.validate import proof
+from fastvlm_export.validate.latency import LatencyResult, Plan
 
 from .commands import Run, bad, command
 
@@ -32,6 +36,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the proof is not the point: the export `exported` asked all, and was timed."""
+    monkeypatch.setattr(proof, "QUESTIONS", 6)
+    monkeypatch.setattr(proof, "STEPS", 8)
+    monkeypatch.setattr(proof, "time_bundle", lambda *_: None)
 
 
 @pytest.fixture
@@ -79,7 +91,7 @@ def test_nothing_of_this_machine_is_in_the_bundle(exported: tuple[Path, dict[str
 
 
 def test_the_same_export_gives_the_same_bytes(
-    exported: tuple[Path, dict[str, Any]], tmp_path: Path, run: Run
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path, run: Run, few: None
 ) -> None:
     copy = shutil.copytree(BUNDLED_FOLDER, tmp_path / "some-name")
     before = files_of(copy)
@@ -102,7 +114,14 @@ def test_generate_reads_the_number(bundle: Path, run: Run) -> None:
     assert sampled.out == "7786\n"
 
 
-def test_bench_against_pytorch_prints_a_ratio_for_each_part(bundle: Path, run: Run) -> None:
+def test_bench_against_pytorch_prints_a_ratio_for_each_part(
+    bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each load would be a process of its own: the export has timed some.
+    def time_bundle(bundle: Any, sample: Any, plan: Plan, *more: Any) -> LatencyResult:
+        return proof.time_bundle(bundle, sample, replace(plan, warmup=0, loads=0), *more)
+
+    monkeypatch.setattr(running, "time_bundle", time_bundle)
     result = run("bench", bundle, "--against", "pytorch", "--runs", 2, "--json")
     assert result.code == 0
     ratios = json.loads(result.out)["ratios"]["pytorch"]
@@ -111,7 +130,7 @@ def test_bench_against_pytorch_prints_a_ratio_for_each_part(bundle: Path, run: R
 
 
 def test_validate_proves_a_bundle_again_with_the_users_image(
-    bundle: Path, tmp_path: Path, run: Run
+    bundle: Path, tmp_path: Path, run: Run, few: None
 ) -> None:
     picture = tmp_path / "wide.jpg"
     Image.effect_noise((300, 90), 80).convert("RGB").save(picture)
@@ -121,7 +140,7 @@ def test_validate_proves_a_bundle_again_with_the_users_image(
     assert "wide.jpg" in {m["case"] for m in report["parity"]["measurements"]}
 
 
-def test_a_bundle_of_other_weights_fails_the_gate(bundle: Path, run: Run) -> None:
+def test_a_bundle_of_other_weights_fails_the_gate(bundle: Path, run: Run, few: None) -> None:
     """One bias changed, and the manifest made to agree: hashes hold, numbers do not."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     path = bundle / "onnx" / "vision_encoder.onnx"
@@ -259,7 +278,7 @@ def test_a_truncated_graph_that_its_hash_vouches_for_is_refused(bundle: Path, ru
 
 
 def test_validate_needs_the_checkpoint_that_it_was_made_from(
-    bundle: Path, tmp_path: Path, run: Run
+    bundle: Path, tmp_path: Path, run: Run, few: None
 ) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["source"] |= {"layout": "apple", "name": "mine"}
