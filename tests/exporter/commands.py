@@ -15,12 +15,16 @@ class Result:
 Run = Callable[..., Result]
 
 
-def command(*arguments: object) -> list[str]:
+def command(*arguments: object, questions: int | None = None) -> list[str]:
+    """`questions`: how many of the bundled task are asked; None: as many as a user has."""
     # A test run in the background has interrupts ignored, and so have its children.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from fastvlm_export.exporter.cli import main; main()"
+        "from fastvlm_export.exporter.cli import main;"
     )
+    if questions is not None:
+        program += f"from fastvlm_export.validate import proof; proof.QUESTIONS = {questions};"
+    program += "main()"
     return [sys.executable, "-c", program, *map(str, arguments)]
 
 

@@ -74,7 +74,8 @@ def exported(
             )
         )
         assert outcome.passed
-        yield Exported(out, replace(found[0], answers=None))
+        # It passed on all images; a fault has to show on one.
+        yield Exported(out, replace(found[0], answers=None, recordings=found[0].recordings[:1]))
 
 
 FP16 = pytest.mark.parametrize("exported", ["fp16"], indirect=True)

@@ -173,7 +173,7 @@ def test_generate_and_validate_take_the_bundle_as_any_other(
     out = Path(shutil.copytree(exported[0], tmp_path / "bundle"))
     answer = run("generate", out, "--image", SAMPLE, "--prompt", "Read the number.", "--json")
     assert json.loads(answer.out)["text"] == "7786"
-    monkeypatch.setattr(proof, "QUESTIONS", 6)  # the export asked all of them
+    monkeypatch.setattr(proof, "QUESTIONS", 6)  # the export asked many more
     monkeypatch.setattr(proof, "STEPS", 8)
     again = run("validate", out, "--json", "--quiet")
     assert again.code == 0

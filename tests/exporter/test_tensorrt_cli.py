@@ -218,7 +218,7 @@ def test_validate_parses_the_graphs_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = Path(shutil.copytree(exported[0], tmp_path / "bundle"))
-    monkeypatch.setattr(proof, "QUESTIONS", 6)  # the export asked all of them
+    monkeypatch.setattr(proof, "QUESTIONS", 6)  # the export asked many more
     monkeypatch.setattr(proof, "STEPS", 8)
     again = run("validate", out, "--json", "--quiet")
     assert again.code == 0, again.err
