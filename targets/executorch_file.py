@@ -16,7 +16,6 @@ from ..exporter.errors import ExportError
 from .executorch_flatbuffer import DamagedError, Schema, Table, installed_schema, read_table
 from .executorch_layout import cut, damage_named, item, layout, mapped, named_weights
 from .executorch_model import EXPORT_HINT
-from .executorch_xnn import xnn_constant, xnn_graph, xnn_table
 
 Numbers = tuple[int, ...]
 
@@ -381,7 +380,4 @@ __all__ = [
     "parse",
     "program_schema",
     "read",
-    "xnn_constant",
-    "xnn_graph",
-    "xnn_table",
 ]

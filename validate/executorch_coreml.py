@@ -35,9 +35,10 @@ from ..targets.executorch_model import (
     WEIGHTS,
 )
 from ..targets.program_constants import scalars
+from .coreml_stored import Expected, compare_package
 from .mil import Interpreter, open_model
 from .parity_types import Stage
-from .stored import Expected, StoredFunction, compare_package
+from .stored_types import StoredFunction
 
 _ARGUMENTS = {VISION: 1, EMBEDDING: 1, DECODER: 2}
 _STAGES = {

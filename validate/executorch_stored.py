@@ -17,7 +17,7 @@ from ..targets.executorch_model import (
     Backend,
 )
 from .parity_types import Stage
-from .stored import StoredFunction
+from .stored_types import StoredFunction
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -32,7 +32,8 @@ from .loss import Answers, QuantizationLoss, measure_loss
 from .parity import ParityResult
 from .recording import Case, Recording, record
 from .sessions import has_exact, open_session, runtime
-from .stored import StoredWeights, compare_stored, has_stored
+from .stored import compare_stored, has_stored
+from .stored_types import StoredWeights
 from .tensorrt_build import EngineProof, engines, has_engines
 
 if TYPE_CHECKING:

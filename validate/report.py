@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .delegation import Delegation
     from .loss import QuantizationLoss
     from .proof import Accuracy
-    from .stored import StoredWeights
+    from .stored_types import StoredWeights
     from .tensorrt_build import EngineProof
 
 SCHEMA = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..exporter.bundle import Bundle
 from ..targets.tensorrt_plan import GRAPHS, onnx_file
 from .parity_types import Stage
-from .stored import StoredFunction
+from .stored_types import StoredFunction
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .loss import QuantizationLoss
     from .proof import Accuracy
     from .report import Report
-    from .stored import StoredWeights
+    from .stored_types import StoredWeights
 
 SHOWN = 5  # tensors that are missing, or foreign; report.json lists every one
 

@@ -12,7 +12,12 @@ import torch
 from executorch.extension.pybindings import _C as runtime  # noqa: N811 - a module
 
 from fastvlm_export.exporter.errors import ExportError
-from fastvlm_export.targets import executorch_file, executorch_flatbuffer, executorch_pack
+from fastvlm_export.targets import (
+    executorch_file,
+    executorch_flatbuffer,
+    executorch_pack,
+    executorch_xnn,
+)
 from fastvlm_export.targets.executorch_contents import Contents
 from fastvlm_export.targets.executorch_layout import named_weights
 
@@ -48,12 +53,12 @@ def test_methods_constants_delegates_and_buffers_are_there(toy: Toy) -> None:
 def test_xnnpack_graphs_come_with_their_constants(toy: Toy) -> None:
     file = executorch_file.read(toy.program)
     (delegate,) = file.methods["vision_encoder"].delegates
-    graph = executorch_file.xnn_graph(delegate)
+    graph = executorch_xnn.xnn_graph(delegate)
     (conv,) = (
         one.xnode_union for one in graph.xnodes if type(one.xnode_union).__name__ == "XNNConv2d"
     )
     values = {value.id_out: value for value in (entry.xvalue_union for entry in graph.xvalues)}
-    stored = executorch_file.xnn_constant(
+    stored = executorch_xnn.xnn_constant(
         delegate, graph, values[conv.filter_id].constant_buffer_idx
     )
     weight = toy.modules["vision_encoder"].patches.weight.permute(0, 2, 3, 1).contiguous()
@@ -110,7 +115,7 @@ def test_damage_raises_one_error_or_reads_as_another_program(toy: Toy) -> None:
             file = executorch_file.parse(memoryview(_mutated(content, parts, seed)), "model.pte")
             for method in file.methods.values():
                 for delegate in method.delegates:
-                    executorch_file.xnn_table(delegate)
+                    executorch_xnn.xnn_table(delegate)
                 Contents(method)
         except ExportError:
             refused += 1

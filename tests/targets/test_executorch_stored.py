@@ -20,7 +20,8 @@ from fastvlm_export.targets.executorch_file import read
 from fastvlm_export.targets.executorch_model import METHODS, PROGRAM, VISION
 from fastvlm_export.targets.executorch_stored import expected, fingerprint
 from fastvlm_export.validate.parity_types import Stage
-from fastvlm_export.validate.stored import StoredWeights, compare_stored
+from fastvlm_export.validate.stored import compare_stored
+from fastvlm_export.validate.stored_types import StoredWeights
 
 Named = dict[str, Tensor]
 

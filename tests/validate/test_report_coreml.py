@@ -12,7 +12,8 @@ from fastvlm_export.validate.limits import FLOAT16
 from fastvlm_export.validate.parity import Stage
 from fastvlm_export.validate.quantized import EXACT
 from fastvlm_export.validate.sessions import NOT_TIMED, Runtime
-from fastvlm_export.validate.stored import NOT_COMPARED, StoredFunction, StoredWeights
+from fastvlm_export.validate.stored import NOT_COMPARED
+from fastvlm_export.validate.stored_types import StoredFunction, StoredWeights
 
 from .fakes import Altered, compare, tiny_session
 from .pages import shown, strict, words
