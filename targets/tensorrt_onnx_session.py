@@ -5,6 +5,7 @@ multiplied as such, and nothing is fused that would round in other places. So it
 graphs', and its speed is no runtime's.
 """
 
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from .onnx_session import OnnxSession, load_model, session_options
-from .tensorrt_onnx_float import has_bfloat16, widen
+from .tensorrt_onnx_float import has_bfloat16, unrounded, widen
 from .tensorrt_plan import GRAPHS, HINT, onnx_file
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -25,17 +26,21 @@ class TensorRTOnnxSession(OnnxSession):
     """The vision, embedding and decoder graphs. See `Session` and `OnnxSession`.
 
     The buffers of the cache are bound as past and as present at once, as they are on a GPU.
+    `exact`: nothing is rounded, see `tensorrt_onnx_float.unrounded`.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, exact: bool = False) -> None:
         paths = {name: bundle.path / onnx_file(name) for name in GRAPHS}
-        super().__init__(paths, context=bundle.manifest.context, load=load)
+        super().__init__(paths, context=bundle.manifest.context, load=partial(load, exact=exact))
 
 
-def load(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSession:
+def load(
+    path: Path, *, intra_op_threads: int | None = None, exact: bool = False
+) -> ort.InferenceSession:
     """A graph on the CPU, its QuantizeLinear and DequantizeLinear as they are written.
 
-    See `tensorrt_onnx_float` for bfloat16. Raises ExportError where the file can't be read.
+    See `tensorrt_onnx_float` for bfloat16 and `exact`. Raises ExportError where the file can't be
+    read.
     """
     options = session_options(intra_op_threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -43,7 +48,8 @@ def load(path: Path, *, intra_op_threads: int | None = None) -> ort.InferenceSes
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise ExportError(f"{path} can't be read: {error}", HINT) from error
-    if not has_bfloat16(model):
+    if not exact and not has_bfloat16(model):
         return load_model(path, str(path), options, "tensorrt")
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
-    return load_model(path, widen(model).SerializeToString(), options, "tensorrt")
+    model = unrounded(model) if exact else widen(model)
+    return load_model(path, model.SerializeToString(), options, "tensorrt")

@@ -149,13 +149,17 @@ def _foreign_gpu(bundle: Bundle) -> Gpu | None:
 
 
 def _has_interpreter(bundle: Bundle) -> bool:
+    """Whether something besides its runtime computes what the bundle says."""
+    if bundle.manifest.target == TargetName.TENSORRT:
+        return _runs_graphs() is not None
     return bundle.manifest.target in SIMULATED or _backend(bundle) in SIMULATED_BACKENDS
 
 
 def has_exact(bundle: Bundle) -> bool:
     """Whether the bundle can also be computed without any rounding, and gains by it.
 
-    That is an interpreter's doing. An artifact in float32 is compared at that accuracy anyway.
+    That is an interpreter's doing, or ONNX Runtime's on the graphs of engines. An artifact in
+    float32 is compared at that accuracy anyway.
     """
     return _has_interpreter(bundle) and recorded(bundle.manifest.recipe).quantized
 
@@ -165,7 +169,7 @@ def open_session(
 ) -> Session:
     """Open a bundle in what runs it here, as `runtime` names it.
 
-    `exact`: compute without rounding, in the interpreter, also on a Mac (see `has_exact`).
+    `exact`: compute without rounding, in what stands in, also where a device is (see `has_exact`).
     `compute_units`: where Core ML may compute, one of `coreml_session.COMPUTE_UNITS`; a Mac only.
     Raises ExportError where that can't be had.
     """
@@ -174,7 +178,7 @@ def open_session(
     if exact and not _has_interpreter(bundle):
         raise ExportError(
             f"Target '{target}' has no interpreter that computes without rounding.",
-            f"Use one that has: {', '.join(SIMULATED)}.",
+            f"Use one that has: {', '.join((*SIMULATED, TargetName.TENSORRT))}.",
         )
     if compute_units is not None and (target != TargetName.COREML or simulated):
         where = INTERPRETER.name if exact else runtime(bundle).name
@@ -196,7 +200,7 @@ def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
             TensorRTOnnxSession,
         )
 
-        return TensorRTOnnxSession(bundle)
+        return TensorRTOnnxSession(bundle, exact=exact)
     if _backend(bundle) in SIMULATED_BACKENDS:
         from .executorch_coreml import CoreMLDelegateSession  # noqa: PLC0415 - imports coremltools
 

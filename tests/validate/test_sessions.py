@@ -135,11 +135,14 @@ def test_what_a_runtime_does_not_have_is_refused(
         ("coreml", "fp16", True),
         ("coreml", "int4", True),
         ("coreml", "lut4", True),
+        ("tensorrt", "fp32", False),
+        ("tensorrt", "fp16", True),
+        ("tensorrt", "int8", True),
         ("onnx", "int4", False),
     ],
 )
-def test_rounded_core_ml_bundles_have_an_exact_form(
-    target: str, recipe: str, expected: bool
+def test_rounded_bundles_have_an_exact_form_where_something_computes_it(
+    linux: Machine, target: str, recipe: str, expected: bool
 ) -> None:
     assert sessions.has_exact(bundle(target, recipe)) == expected
 
@@ -188,12 +191,14 @@ def test_engines_run_on_a_gpu_and_elsewhere_onnx_runtime_runs_their_graphs(
     built = bundle("tensorrt", artifact={"backend": "tensorrt-rtx", "engines": 1})
     unbuilt = bundle("tensorrt", artifact={"backend": "tensorrt", "engines": 0})
     monkeypatch.setattr(
-        tensorrt_onnx_session, "TensorRTOnnxSession", lambda bundle: ("graphs", bundle)
+        tensorrt_onnx_session, "TensorRTOnnxSession", lambda bundle, exact: ("graphs", exact)
     )
     for gpu in (False, True):
         Machine(monkeypatch, onnx=has(lower=True, run=True), tensorrt=has(lower=True, run=gpu))
         assert sessions.runtime(unbuilt) == GRAPHS
-        assert sessions.open_session(unbuilt) == ("graphs", unbuilt)
+        assert sessions.open_session(unbuilt) == ("graphs", False)
+        for one in (built, unbuilt):
+            assert sessions.open_session(one, exact=True) == ("graphs", True)
         assert "fastvlm-export build BUNDLE, then fastvlm-export bench" in sessions.not_timed(
             unbuilt
         )
@@ -203,11 +208,10 @@ def test_engines_run_on_a_gpu_and_elsewhere_onnx_runtime_runs_their_graphs(
             assert sessions.not_timed(built) == ""
         else:
             assert sessions.runtime(built) == GRAPHS
-            assert sessions.open_session(built) == ("graphs", built)
+            assert sessions.open_session(built) == ("graphs", False)
             assert "no engine ran" in sessions.not_timed(built)
             assert "build" not in sessions.not_timed(built)
     assert not GRAPHS.device
-    assert not sessions.has_exact(built)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +248,7 @@ def test_without_a_gpu_and_onnx_runtime_a_tensorrt_bundle_cannot_be_opened(
     with pytest.raises(ExportError, match="has no engines yet") as caught:
         sessions.open_session(bundle("tensorrt", artifact={"engines": 0}))
     assert "fastvlm-export build BUNDLE" in caught.value.hint
+    assert not sessions.has_exact(built)
     Machine(monkeypatch, onnx=has(lower=True, run=True), tensorrt=bare)
     with pytest.raises(ExportError, match="the ONNX Runtime, on the ONNX graphs of the engines"):
         sessions.open_session(built, compute_units="all")
-    with pytest.raises(ExportError, match="no interpreter that computes without rounding"):
-        sessions.open_session(built, exact=True)

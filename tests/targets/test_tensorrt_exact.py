@@ -1,0 +1,72 @@
+"""The graphs of engines without any rounding: the same real numbers as the quantized programs."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from fastvlm_export.quantize.recipes import RECIPES
+from fastvlm_export.targets.eager import ProgramSession
+from fastvlm_export.targets.tensorrt_onnx_session import TensorRTOnnxSession
+from fastvlm_export.validate.limits import EXACT
+
+from .tensorrt_toys import Lowered, small, worst_of_all
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4", "fp8"])
+def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    return small(RECIPES[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def differences(lowered: Lowered, *, exact: bool) -> dict[str, float]:
+    """Of a session on the folder, from the programs, both with or both without rounding."""
+    context = lowered.spec.context
+    bundle: Any = SimpleNamespace(path=lowered.folder, manifest=SimpleNamespace(context=context))
+    ours = TensorRTOnnxSession(bundle, exact=exact)
+    reference = ProgramSession(lowered.programs, lowered.spec.decoder, context, exact=exact)
+    return worst_of_all(ours, reference, lowered.spec)
+
+
+def test_without_rounding_every_recipe_computes_what_its_program_does(lowered: Lowered) -> None:
+    exact, typed = (differences(lowered, exact=e) for e in (True, False))
+    print(f"exact {exact}, typed {typed}")
+    assert exact["features"] < EXACT.features
+    assert exact["embeddings"] < 1e-6
+    assert exact["logits"] < EXACT.logits
+    assert typed["logits"] > EXACT.logits
+
+
+@pytest.mark.parametrize("lowered", ["fp16", "int8"], indirect=True)
+@pytest.mark.parametrize(
+    ("graph", "operator", "attribute", "value", "stage"),
+    [
+        ("vision", "Gelu", "approximate", "tanh", "features"),
+        ("decoder", "RMSNormalization", "epsilon", 0.1, "logits"),
+    ],
+)
+def test_an_operator_that_rounding_would_hide_shows(
+    lowered: Lowered,
+    tmp_path: Path,
+    graph: str,
+    operator: str,
+    attribute: str,
+    value: str | float,
+    stage: str,
+) -> None:
+    """In one node of many."""
+    changed = replace(lowered, folder=Path(shutil.copytree(lowered.folder, tmp_path / "changed")))
+    path = changed.folder / changed.graphs[graph].file
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if node.op_type == operator)
+    kept = [one for one in node.attribute if one.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
+    onnx.save(model, path)
+    before, after = (differences(one, exact=True)[stage] for one in (lowered, changed))
+    typed = differences(changed, exact=False)[stage]
+    print(f"exact {before:.1e} -> {after:.1e}, typed {typed:.1e}")
+    assert before < getattr(EXACT, stage) < after
