@@ -16,6 +16,7 @@ from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
 from ..quantize.recipes import Recipe, recorded
 from ..targets.eager import ProgramSession
+from ..validate.floor import has_float_floor
 from ..validate.latency import Plan
 from ..validate.machine import instructions, peak_memory
 from ..validate.proof import (
@@ -257,16 +258,16 @@ def _reference(
     """What artifacts are held to; `exact`: some are compared without rounding, too."""
     if quantized is None:
         return Reference(checkpoint=checkpoint, spec=spec)
-    programs = quantized.programs
-    if not quantized.record.recipe.quantized:
+    programs, recipe = quantized.programs, quantized.record.recipe
+    if not recipe.quantized:
         return Reference(checkpoint=checkpoint, spec=spec, programs=lambda: programs)
     session = functools.partial(ProgramSession, programs, spec.decoder, spec.context)
     return Reference(
         checkpoint=checkpoint,
         spec=spec,
-        recipe=quantized.record.recipe,
+        recipe=recipe,
         quantized=session,
-        exact=functools.partial(session, exact=True) if exact else None,
+        exact=functools.partial(session, exact=True) if exact or has_float_floor(recipe) else None,
         programs=lambda: programs,
     )
 

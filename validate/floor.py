@@ -1,4 +1,4 @@
-"""The rounding floor: how far a quantized model is from itself when its input moves by a rounding.
+"""The rounding floor: how far apart two models may be that are the same but for their roundings.
 
 Where activations are rounded, one that is next to a boundary falls on the other side for a
 difference of one part in 10^7, and the whole step travels on. How far it gets depends on the model:
@@ -7,6 +7,10 @@ than the reference is to itself, so this is measured, and the limits leave room 
 artifacts apart before that is one rounding of the format in between: float32's, or that of 16 bits.
 It is added to the inputs, and float32's wherever activations are rounded, because pixels are so far
 from their boundaries that the first rounding often takes the whole noise away.
+
+Where floats have 16 bits, and no activation becomes an integer, a runtime may round in fewer places
+than the reference does, or in others: both are then as far from the real numbers, and that is
+measured, by the same model without any rounding.
 """
 
 from collections.abc import Sequence
@@ -80,6 +84,11 @@ class _Moved:
 def has_floor(recipe: Recipe) -> bool:
     """Whether any layer's activations are rounded to integers."""
     return any(p.bits and p.activations is not Activations.FLOAT for p in recipe.precisions)
+
+
+def has_float_floor(recipe: Recipe) -> bool:
+    """Whether floats of 16 bits are all that is rounded while the model runs."""
+    return recipe.float_format is not Float.FP32 and not has_floor(recipe)
 
 
 def rounding_floor(

@@ -25,7 +25,7 @@ from .accuracy import AccuracyReport
 from .checks import Check
 from .delegation import Delegation, delegation, has_delegation
 from .digits import Question
-from .floor import has_floor, rounding_floor, widened
+from .floor import has_float_floor, has_floor, rounding_floor, widened
 from .latency import Backend, LatencyResult, Plan, Subject
 from .limits import Limits, exact_limits, limits_for
 from .loss import Answers, QuantizationLoss, measure_loss
@@ -53,8 +53,9 @@ class Reference:
 
     `quantized` opens the recipe's eager model, which is then what artifacts are held to; it is None
     for a recipe that leaves everything in float32. `exact` opens the same model computed without
-    any rounding, where an artifact is to be compared like that, too. `programs` gives what was
-    lowered to the artifacts, the same to the last bit; None where that can't be had.
+    any rounding, where an artifact is to be compared like that, too, or where `floor` needs it.
+    `programs` gives what was lowered to the artifacts, the same to the last bit; None where that
+    can't be had.
     """
 
     checkpoint: Checkpoint
@@ -193,9 +194,7 @@ def examine(reference: Reference, original: Original, clock: Clock) -> Baseline:
     if reference.exact:
         gc.collect()
         clock.stage("Run the quantized model in PyTorch without rounding")
-        cases = [recording.case for recording in original.recordings[:EXACT_IMAGES]]
-        exact = record(reference.exact(), cases, EXACT_STEPS, clock.detail)
-        baseline = replace(baseline, exact=exact)
+        baseline = _exact_baseline(baseline, reference.exact(), clock)
     return baseline
 
 
@@ -223,6 +222,17 @@ def _quantized_baseline(
         floor = rounding_floor(recordings, session, limits, reference.recipe, clock.detail)
         limits = widened(limits, floor)
     return replace(baseline, limits=limits, recordings=recordings, answers=answers, loss=loss)
+
+
+def _exact_baseline(baseline: Baseline, session: Session, clock: Clock) -> Baseline:
+    """What the quantized model does without rounding, and the limits of floats that are rounded."""
+    recordings, limits = baseline.recordings[:EXACT_IMAGES], baseline.limits
+    cases = [recording.case for recording in recordings]
+    if has_float_floor(baseline.reference.recipe):
+        floor = parity.compare(recordings, cases, session, limits, clock.detail)
+        limits = widened(limits, floor)
+    exact = record(session, cases, EXACT_STEPS, clock.detail)
+    return replace(baseline, limits=limits, exact=exact)
 
 
 def _answers(

@@ -9,7 +9,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - registers the o
 
 from fastvlm_export.quantize.recipes import RECIPES, Activations, Float, Precision, Recipe
 from fastvlm_export.quantize.runnable import runnable
-from fastvlm_export.validate.floor import has_floor, rounding_floor, widened
+from fastvlm_export.validate.floor import has_float_floor, has_floor, rounding_floor, widened
 from fastvlm_export.validate.limits import FLOAT32, INTEGER_ACTIVATIONS, Limits
 from fastvlm_export.validate.recording import record
 
@@ -87,21 +87,22 @@ def test_nan_opens_nothing():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "expected"),
+    ("recipe", "integers", "floats"),
     [
-        (RECIPES["fp32"], False),
-        (RECIPES["fp16"], False),
-        (RECIPES["int8"], True),
-        (RECIPES["int4"], True),
-        (RECIPES["bf16"], False),
-        (RECIPES["fp8"], True),
-        (Recipe(name="weights", decoder=Precision(bits=4, group_size=32)), False),
-        (Recipe(name="none", decoder=Precision(activations=Activations.DYNAMIC)), False),
+        (RECIPES["fp32"], False, False),
+        (RECIPES["fp16"], False, True),
+        (RECIPES["int8"], True, False),
+        (RECIPES["int4"], True, False),
+        (RECIPES["bf16"], False, True),
+        (RECIPES["fp8"], True, False),
+        (replace(RECIPES["int8"], float_format=Float.FP16), True, False),
+        (Recipe(name="weights", decoder=Precision(bits=4, group_size=32)), False, False),
+        (Recipe(name="none", decoder=Precision(activations=Activations.DYNAMIC)), False, False),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_only_rounded_activations_have_a_floor(recipe, expected):
-    assert has_floor(recipe) == expected
+def test_only_what_is_rounded_while_the_model_runs_has_a_floor(recipe, integers, floats):
+    assert (has_floor(recipe), has_float_floor(recipe)) == (integers, floats)
 
 
 def test_the_fixed_limits_are_the_least():

@@ -19,7 +19,7 @@ from fastvlm_export.quantize.recipes import RECIPES, Float, LossLimits, Recipe
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import proof
 from fastvlm_export.validate.latency import Plan
-from fastvlm_export.validate.limits import FLOAT32, INTEGER_ACTIVATIONS
+from fastvlm_export.validate.limits import FLOAT16, FLOAT32, INTEGER_ACTIVATIONS
 from fastvlm_export.validate.parity import Stage
 from fastvlm_export.validate.proof import Baseline, Reference
 from fastvlm_export.validate.sessions import INTERPRETER, Runtime
@@ -263,6 +263,19 @@ def test_a_fault_that_hides_in_rounding_noise_shows_without_it(watched, monkeypa
     assert found.parity.passed
     assert not found.exact.passed
     assert found.exact.first_broken is stage
+
+
+@pytest.mark.parametrize(("factor", "opened"), [(1.02, True), (1.0003, False)])
+def test_16_bit_floats_may_be_as_far_off_as_they_are_from_no_rounding(watched, factor, opened):
+    """Twice that, where it is more than the fixed limits."""
+    half = replace(RECIPES["fp16"], limits=INT8.limits)
+    exact = lambda: slightly(factor, embed=lambda x: x)  # noqa: E731
+    found = examine(reference(watched, half, coarse, exact=exact)).limits
+    assert (found == FLOAT16) == (not opened)
+    if opened:
+        assert found.features_rms == pytest.approx(0.04, rel=1e-3)
+        assert found.logits_rms > 0.04
+        assert found.embeddings == 0
 
 
 def test_each_session_is_closed_before_the_next_is_opened(watched, monkeypatch):
