@@ -86,6 +86,12 @@ def executorch_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def executorch_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another."""
+    return shared.once(tmp_path_factory, "executorch-int8", shared.int8)
+
+
+@pytest.fixture(scope="session")
 def tensorrt_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the trained model with engines, for all workers: not to be changed."""
     return shared.once(tmp_path_factory, "tensorrt-fp32", shared.tensorrt)

@@ -50,15 +50,20 @@ def _exported(*options: object) -> None:
 
 def int4(out: Path) -> None:
     """The same with integers of 4 and 8 bits, on half as many tokens, and not timed."""
-    _quantized(out, "executorch")
+    _quantized(out, "executorch", "int4")
+
+
+def int8(out: Path) -> None:
+    """Likewise, of 8 bits alone."""
+    _quantized(out, "executorch", "int8")
 
 
 def tensorrt_int4(out: Path) -> None:
-    """Likewise, as engines."""
-    _quantized(out, "tensorrt", compute_capabilities=("80", "120"))
+    """As engines."""
+    _quantized(out, "tensorrt", "int4", compute_capabilities=("80", "120"))
 
 
-def _quantized(out: Path, target: str, **options: Any) -> None:
+def _quantized(out: Path, target: str, recipe: str, **options: Any) -> None:
     from fastvlm_export.exporter import pipeline  # noqa: PLC0415 - most tests need nothing of it
     from fastvlm_export.exporter.source import SourceRequest  # noqa: PLC0415
     from fastvlm_export.targets.base import Options  # noqa: PLC0415
@@ -68,7 +73,7 @@ def _quantized(out: Path, target: str, **options: Any) -> None:
         source=SourceRequest(),
         out=out,
         targets=(target,),
-        recipe="int4",
+        recipe=recipe,
         steps=32,
         options=Options(**options),
     )

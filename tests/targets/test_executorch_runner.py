@@ -28,7 +28,9 @@ TOKENS, QUESTIONS = 64, 90
 END = 2**31 - 1  # an id that no vocabulary has
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(
+    scope="module", params=["fp32", "int4", pytest.param("int8", marks=pytest.mark.slow)]
+)
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     return open_bundle(request.getfixturevalue(f"executorch_{request.param}"))
 
