@@ -1,5 +1,6 @@
 """MIL functions -> `.mlpackage` on disk, the same bytes for the same program."""
 
+import gc
 import json
 import tempfile
 import uuid
@@ -68,7 +69,10 @@ def save(functions: Mapping[str, FunctionSpec], target: str, path: Path) -> None
 
     `target` names one of coremltools' deployment targets. The first function is the default.
     """
-    with tempfile.TemporaryDirectory(prefix="fastvlm-coreml-", dir=path.parent) as folder:
+    with (
+        _fast_collections(),
+        tempfile.TemporaryDirectory(prefix="fastvlm-coreml-", dir=path.parent) as folder,
+    ):
         if list(functions) == [MAIN]:
             _convert(functions[MAIN], target).save(str(path))
         else:
@@ -134,6 +138,19 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         pass_pipeline.tqdm = bars
+
+
+@contextmanager
+def _fast_collections() -> Iterator[None]:
+    """coremltools collects garbage after each conversion: only what has come up since, here.
+
+    All that torch and coremltools import takes longer to look through than a small graph to write.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _settle(package: Path) -> None:
