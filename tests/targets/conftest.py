@@ -1,7 +1,8 @@
 """A small random FastVLM whose answers depend on the image, a tokenizer, and its ONNX folder."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,8 +42,12 @@ class Small:
     model: FastVLM
     spec: ExportSpec
     recipe: Recipe
-    programs: dict[str, ExportedProgram]
     folder: Path
+    traced: Callable[[], dict[str, ExportedProgram]]
+
+    @property
+    def programs(self) -> dict[str, ExportedProgram]:
+        return self.traced()
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -151,37 +156,80 @@ def make_spec(model: FastVLM) -> ExportSpec:
     )
 
 
-def make_small(folder: Path, *, tied: bool, recipe: Recipe = RECIPES["fp32"]) -> Small:
-    model = lively_model(byte_tokenizer().vocab_size, tied=tied)
-    return export(model, make_spec(model), folder, recipe)
-
-
-def export(model: FastVLM, spec: ExportSpec, folder: Path, recipe: Recipe) -> Small:
+def programs_of(model: FastVLM, spec: ExportSpec, recipe: Recipe) -> dict[str, ExportedProgram]:
     calibration = load_calibration(None) if needs_calibration(recipe) else None
     folded = reparameterize(model).model
-    programs = dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
-    onnx.lower(programs, spec, recipe, folder)
-    return Small(model=model, spec=spec, recipe=recipe, programs=programs, folder=folder)
+    return dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
+
+
+_PROGRAMS: dict[str, dict[str, ExportedProgram]] = {}
+
+
+def programs_once(
+    name: str, model: FastVLM, spec: ExportSpec, recipe: Recipe
+) -> dict[str, ExportedProgram]:
+    """Made where a test first asks for them, once in each worker: not to be changed."""
+    if name not in _PROGRAMS:
+        _PROGRAMS[name] = programs_of(model, spec, recipe)
+    return _PROGRAMS[name]
+
+
+def make_small(
+    factory: pytest.TempPathFactory, name: str, recipe: Recipe, *, tied: bool, apart: bool = False
+) -> Small:
+    """A random model, once for all workers; `apart` has its weights in data files."""
+    model = lively_model(byte_tokenizer().vocab_size, tied=tied)
+    return export(factory, f"small-{name}", model, make_spec(model), recipe, apart=apart)
+
+
+def export(
+    factory: pytest.TempPathFactory,
+    name: str,
+    model: FastVLM,
+    spec: ExportSpec,
+    recipe: Recipe,
+    *,
+    apart: bool = False,
+) -> Small:
+    traced = functools.partial(programs_once, name, model, spec, recipe)
+
+    def write(out: Path) -> None:
+        out.mkdir()
+        with in_data_files() if apart else nullcontext():
+            onnx.lower(traced(), spec, recipe, out)
+
+    folder = once(factory, f"{name}-onnx", write)
+    return Small(model=model, spec=spec, recipe=recipe, folder=folder, traced=traced)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_once() -> Iterator[None]:
+    """Let torch.onnx parse its hundreds of translations once, not for each of our graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError):  # tests of other targets need nothing of it
+            from torch.onnx._internal.exporter import _registration  # noqa: PLC0415
+
+            apis = _registration.onnxscript_apis
+            patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    return make_small(tmp_path_factory.mktemp("untied"), tied=False)
+    return make_small(tmp_path_factory, "untied", RECIPES["fp32"], tied=False)
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """With weights in several external data files, as large models have them."""
-    with in_data_files():
-        return make_small(tmp_path_factory.mktemp("tied"), tied=True)
+    return make_small(tmp_path_factory, "tied", RECIPES["fp32"], tied=True, apart=True)
 
 
 @pytest.fixture(scope="session", params=["fp16", "int8", "int4"])
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Small:
     """Tied, with weights in data files, where embedding and head share one table."""
-    with in_data_files():
-        folder = tmp_path_factory.mktemp(request.param)
-        return make_small(folder, tied=True, recipe=RECIPES[request.param])
+    recipe = RECIPES[request.param]
+    return make_small(tmp_path_factory, request.param, recipe, tied=True, apart=True)
 
 
 @contextmanager
@@ -193,23 +241,23 @@ def in_data_files() -> Iterator[None]:
         yield
 
 
-def bundled_model(folder: Path, recipe: str) -> Small:
+def bundled_model(factory: pytest.TempPathFactory, recipe: str) -> Small:
     checkpoint = checkpoints.bundled()
     spec = pipeline.contract(checkpoint, None, None)
-    return export(checkpoint.model(), spec, folder, RECIPES[recipe])
+    return export(factory, f"bundled-{recipe}", checkpoint.model(), spec, RECIPES[recipe])
 
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """The trained model that comes with the package."""
-    return bundled_model(tmp_path_factory.mktemp("bundled"), "fp32")
+    return bundled_model(tmp_path_factory, "fp32")
 
 
 @pytest.fixture(scope="session", params=["fp16", "int8", "int4"])
 def bundled_quantized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Small:
-    return bundled_model(tmp_path_factory.mktemp(request.param), request.param)
+    return bundled_model(tmp_path_factory, request.param)
 
 
 @pytest.fixture(scope="session")
@@ -229,5 +277,4 @@ def int4_programs() -> dict[str, ExportedProgram]:
     checkpoint = checkpoints.bundled()
     spec = pipeline.contract(checkpoint, None, None)
     recipe = executorch.adapt(RECIPES["int4"])
-    folded = reparameterize(checkpoint.model()).model
-    return dict(quantize(folded, recipe, spec, load_calibration(None), lambda _: None).programs)
+    return programs_of(checkpoint.model(), spec, recipe)

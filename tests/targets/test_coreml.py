@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.export import ExportedProgram
 
 from fastvlm_export.exporter.reparameterize import reparameterize
-from fastvlm_export.exporter.spec import ExportSpec
-from fastvlm_export.quantize.apply import needs_calibration, quantize
-from fastvlm_export.quantize.calibration import load as load_calibration
 from fastvlm_export.quantize.quiet import quiet_import
-from fastvlm_export.quantize.recipes import RECIPES, Precision, Recipe
+from fastvlm_export.quantize.recipes import RECIPES, Precision
 from fastvlm_export.targets import coreml, coreml_graphs, coreml_model
 from fastvlm_export.targets.base import Array, Options
 from fastvlm_export.targets.coreml_lowering import Translator
@@ -26,30 +22,23 @@ from fastvlm_export.targets.coreml_session import CoreMLSession
 from fastvlm_export.targets.eager import EagerSession, ProgramSession
 from fastvlm_export.validate.mil import open_model
 
-from .conftest import CONTEXT, byte_tokenizer, lively_model, make_spec, normal, worst
+from .conftest import CONTEXT, byte_tokenizer, lively_model, make_spec, normal, programs_of, worst
+from .small_coreml import CHUNK, SmallCoreML, small_coreml
 
 with quiet_import():
     from coremltools.models import MLModel
 
-CHUNK, LIMIT = 8, 1e-5
+LIMIT = 1e-5
 
 
 class Packages:
     """A small model under a recipe as Core ML takes it, in a folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, *, tied: bool = True) -> None:
-        self.model = lively_model(300, tied=tied)
-        self.spec: ExportSpec = make_spec(self.model)
-        self.recipe = coreml.adapt(recipe)
-        calibration = load_calibration(None) if needs_calibration(self.recipe) else None
-        folded = reparameterize(self.model).model
-        self.programs: dict[str, ExportedProgram] = dict(
-            quantize(folded, self.recipe, self.spec, calibration, lambda _: None).programs
-        )
-        self.folder = folder
-        coreml_graphs.write(self.programs, self.spec, CHUNK, CONTEXT + CHUNK, "iOS18", folder)
+    def __init__(self, small: SmallCoreML) -> None:
+        self.model, self.spec, self.recipe = small.model, small.spec, small.recipe
+        self.programs, self.folder = small.programs, small.folder
         self.bundle: Any = SimpleNamespace(
-            path=folder, manifest=SimpleNamespace(context=CONTEXT, artifact={})
+            path=self.folder, manifest=SimpleNamespace(context=CONTEXT, artifact={})
         )
 
     def session(self, *, exact: bool = False) -> CoreMLSession:
@@ -66,22 +55,9 @@ class Packages:
             yield from function.block_specializations[function.opset].operations
 
 
-CUSTOM = {
-    # What no built-in has: float32 around integers, zero points, an untied head of other bits.
-    "asymmetric": Recipe(
-        name="asymmetric",
-        vision=Precision(bits=8),
-        decoder=Precision(bits=4, group_size=16, symmetric=False),
-        head=Precision(bits=8),
-    )
-}
-
-
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4", "lut4", "asymmetric"])
 def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    folder = tmp_path_factory.mktemp(request.param)
-    recipe = {**RECIPES, **CUSTOM}[request.param]
-    return Packages(folder, recipe, tied=request.param != "asymmetric")
+    return Packages(small_coreml(tmp_path_factory, request.param))
 
 
 ONLY_FP16 = pytest.mark.parametrize("packages", ["fp16"], indirect=True)
@@ -331,13 +307,11 @@ def test_an_operator_without_translation_is_named() -> None:
 def test_an_image_token_beyond_the_table_is_looked_up_like_its_last_row(
     tmp_path: Path, recipe: str
 ) -> None:
-    model = lively_model(byte_tokenizer().vocab_size, tied=False)
+    vocabulary = byte_tokenizer().vocab_size
+    model = lively_model(vocabulary, tied=False, depths=(1, 1, 1, 1, 1), layers=1)
     spec = make_spec(model)
     assert spec.image_token_id == model.config.decoder.vocab_size
-    adapted = replace(coreml.adapt(RECIPES[recipe]), vision=Precision())
-    calibration = load_calibration(None) if needs_calibration(adapted) else None
-    folded = reparameterize(model).model
-    programs = quantize(folded, adapted, spec, calibration, lambda _: None).programs
+    programs = programs_of(model, spec, replace(coreml.adapt(RECIPES[recipe]), vision=Precision()))
     path = tmp_path / "embedding.mlpackage"
     embedding = coreml_graphs.embedding(programs["embedding"], spec)
     coreml_graphs.save({coreml_model.MAIN: embedding}, "iOS18", path)

@@ -164,9 +164,9 @@ WEIGHT_ONLY = Recipe(
 )
 
 
-def test_weights_alone_cost_float_rounding_only(tmp_path: Path) -> None:
+def test_weights_alone_cost_float_rounding_only(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing rounds an activation, as ONNX Runtime does next to a DequantizeLinear."""
-    made = make_small(tmp_path, tied=True, recipe=WEIGHT_ONLY)
+    made = make_small(tmp_path_factory, WEIGHT_ONLY.name, WEIGHT_ONLY, tied=True)
     assert not onnx.problems(WEIGHT_ONLY, None)
     assert {path.name for path in made.paths.values()} == {
         "vision_encoder_q4.onnx",

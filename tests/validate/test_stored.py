@@ -16,34 +16,21 @@ from torch.export.graph_signature import InputKind
 
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.model.fastvlm import FastVLM
-from fastvlm_export.exporter.reparameterize import reparameterize
-from fastvlm_export.quantize.apply import needs_calibration, quantize
-from fastvlm_export.quantize.calibration import load as load_calibration
 from fastvlm_export.quantize.quiet import quiet_import
-from fastvlm_export.quantize.recipes import RECIPES, Precision, Recipe
+from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import apple_app, coreml, coreml_graphs, coreml_model
 from fastvlm_export.targets.coreml_stored import Stored, stored
 from fastvlm_export.validate.mil.contents import Contents, fingerprint
 from fastvlm_export.validate.parity import Stage
 from fastvlm_export.validate.stored import StoredWeights, compare_stored
 
-from ..targets.conftest import CONTEXT, lively_model, make_spec
+from ..targets.conftest import CONTEXT, lively_model, make_spec, programs_of
+from ..targets.small_coreml import CAPACITY, CHUNK, small_coreml
 
 with quiet_import():
     from coremltools.proto import MIL_pb2, Model_pb2
 
-CHUNK = 8
-CAPACITY = CONTEXT + CHUNK
 DATA = Path("Data/com.apple.CoreML")
-CUSTOM = {
-    # What no built-in has: int32 biases, zero points, float32 around integers, an untied head.
-    "asymmetric": Recipe(
-        name="asymmetric",
-        vision=Precision(bits=8),
-        decoder=Precision(bits=4, group_size=16, symmetric=False),
-        head=Precision(bits=8),
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +59,18 @@ class Written:
 
 def write(model: FastVLM, recipe: Recipe, folder: Path) -> Written:
     spec, adapted = make_spec(model), coreml.adapt(recipe)
-    calibration = load_calibration(None) if needs_calibration(adapted) else None
-    folded = reparameterize(model).model
-    programs = dict(quantize(folded, adapted, spec, calibration, lambda _: None).programs)
+    programs = programs_of(model, spec, adapted)
     coreml_graphs.write(programs, spec, CHUNK, CAPACITY, "iOS18", folder)
     return Written(programs=programs, folder=folder)
 
 
+# From the end: another worker may be at test_coreml.py, and begins with the first.
 @pytest.fixture(
-    scope="module", params=["fp32", "fp16", "int8", "int4", "lut4", "lut6", "asymmetric"]
+    scope="module", params=["asymmetric", "lut6", "lut4", "int4", "int8", "fp16", "fp32"]
 )
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    model = lively_model(300, tied=request.param != "asymmetric")
-    recipe = {**RECIPES, **CUSTOM}[request.param]
-    return write(model, recipe, tmp_path_factory.mktemp(request.param))
+    small = small_coreml(tmp_path_factory, request.param)
+    return Written(programs=small.programs, folder=small.folder)
 
 
 def with_recipes(*names: str) -> Any:
@@ -261,7 +246,7 @@ def test_a_number_that_no_program_has_is_foreign(
 
 def test_one_of_two_equal_biases_is_missed(tmp_path: Path) -> None:
     """Small tensors are stored once for each layer, large ones once for all."""
-    model = lively_model(300, tied=True)
+    model = lively_model(300, tied=True, depths=(1, 1, 1, 1, 1), layers=2)
     first, second = (model.decoder.layers[i].self_attn for i in (0, 1))
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -305,7 +290,7 @@ def test_apples_layout_has_the_tower_alone(written: Written, tmp_path: Path) -> 
 
 
 def test_a_constant_that_changes_nothing_need_not_be_stored(tmp_path: Path) -> None:
-    model = lively_model(300, tied=True)
+    model = lively_model(300, tied=True, depths=(1, 1, 1, 1, 1), layers=2)
     with torch.no_grad():
         model.decoder.norm.weight.fill_(1)
     written = write(model, RECIPES["fp32"], tmp_path)
