@@ -146,11 +146,14 @@ def _fast_collections() -> Iterator[None]:
 
     All that torch and coremltools import takes longer to look through than a small graph to write.
     """
-    gc.freeze()
+    ours = gc.get_freeze_count() == 0  # what others have frozen stays so
+    if ours:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
 
 
 def _settle(package: Path) -> None:
