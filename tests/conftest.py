@@ -15,12 +15,6 @@ from fastvlm_export.exporter.model.fastvlm import FastVLM
 from . import shared
 
 
-def pytest_collection_finish() -> None:
-    """What all the imports made stays: else each full collection looks through it, for a second."""
-    gc.collect()
-    gc.freeze()
-
-
 def randomize(model: FastVLM) -> FastVLM:
     """Give BatchNorms and layer scales values at which a wrong fold shows."""
     for module in model.modules():
@@ -60,6 +54,13 @@ def tiny_model(*, train_form: bool = True, tied: bool = False) -> FastVLM:
     return (
         randomize(FastVLM(FastVLMConfig(tower=tower, decoder=decoder))).eval().requires_grad_(False)
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What imports made stays: else each full collection looks through it, for up to a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
