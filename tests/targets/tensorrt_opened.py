@@ -1,6 +1,7 @@
 """A small bundle for the stand-ins of CUDA and TensorRT, and sessions that are opened on it."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastvlm_export.exporter.model.fastvlm import FastVLM
 from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.quantize.apply import quantize
 from fastvlm_export.quantize.recipes import RECIPES
@@ -16,9 +18,10 @@ from fastvlm_export.targets import tensorrt_lowering, tensorrt_plan
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.tensorrt_cuda import Cuda
 from fastvlm_export.targets.tensorrt_package import Backend
-from fastvlm_export.targets.tensorrt_plan import GraphPlan, Plan
+from fastvlm_export.targets.tensorrt_plan import GraphPlan, Plan, read_plan
 from fastvlm_export.targets.tensorrt_session import TensorRTSession
 
+from ..shared import once
 from .conftest import RESOLUTION, byte_tokenizer, lively_model, make_spec
 from .cuda_stand_in import CudaApi
 from .tensorrt_stand_ins import GPU, Package
@@ -78,12 +81,25 @@ class Exported:
         return Machine(session=session, package=package, api=api)
 
 
-def export(folder: Path) -> Exported:
-    """Lower a small model, and put files where its engines would be."""
-    model = lively_model(byte_tokenizer().vocab_size, tied=False)
-    spec = dataclasses.replace(make_spec(model), context=CONTEXT)
-    folded = reparameterize(model).model
-    programs = dict(quantize(folded, RECIPES["fp32"], spec, None, lambda _: None).programs)
+def exported(factory: pytest.TempPathFactory) -> Exported:
+    """A small model lowered, and files where its engines would be: a copy of what workers share."""
+    folder = factory.mktemp("tensorrt")
+    shutil.copytree(once(factory, "tensorrt-opened", _write), folder, dirs_exist_ok=True)
+    return Exported(folder=folder, plan=read_plan(folder), eager=EagerSession(_folded(), CONTEXT))
+
+
+def _model() -> FastVLM:
+    return lively_model(byte_tokenizer().vocab_size, tied=False)
+
+
+def _folded() -> FastVLM:
+    return reparameterize(_model()).model
+
+
+def _write(folder: Path) -> None:
+    folder.mkdir()
+    spec = dataclasses.replace(make_spec(_model()), context=CONTEXT)
+    programs = dict(quantize(_folded(), RECIPES["fp32"], spec, None, lambda _: None).programs)
     lowered = tensorrt_lowering.write(programs, spec, folder)
     plan = Plan(
         backend=Backend.RTX,
@@ -108,7 +124,6 @@ def export(folder: Path) -> Exported:
         (folder / place).mkdir()
         for name in plan.graphs:
             (folder / place / f"{name}.engine").write_bytes(f"an engine of {name}".encode() * 9)
-    return Exported(folder=folder, plan=plan, eager=EagerSession(folded, CONTEXT))
 
 
 def pixels(seed: int = 0) -> Any:

@@ -1,5 +1,8 @@
 """Small models lowered for TensorRT, their sessions, and their engines."""
 
+import functools
+import pickle
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from torch.export import ExportedProgram
 
@@ -17,7 +21,7 @@ from fastvlm_export.exporter.reparameterize import reparameterize
 from fastvlm_export.exporter.spec import ExportSpec
 from fastvlm_export.quantize.apply import needs_calibration, quantize
 from fastvlm_export.quantize.calibration import load as load_calibration
-from fastvlm_export.quantize.recipes import Recipe
+from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import tensorrt_lowering, tensorrt_recipes
 from fastvlm_export.targets.base import Array, Session
 from fastvlm_export.targets.eager import ProgramSession
@@ -25,7 +29,8 @@ from fastvlm_export.targets.tensorrt_lowering import LoweredGraph
 from fastvlm_export.targets.tensorrt_onnx_session import TensorRTOnnxSession
 from fastvlm_export.targets.tensorrt_plan import GRAPHS, profiles
 
-from .conftest import byte_tokenizer, lively_model, make_spec, worst
+from ..shared import once
+from .conftest import byte_tokenizer, in_data_files, lively_model, make_spec, worst
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +57,16 @@ class Lowered:
 
 
 def lower(model: FastVLM, spec: ExportSpec, recipe: Recipe, folder: Path) -> Lowered:
+    programs = quantized(model, spec, recipe)
+    graphs = tensorrt_lowering.write(programs, spec, folder)
+    return Lowered(spec=spec, programs=programs, graphs=graphs, folder=folder)
+
+
+def quantized(model: FastVLM, spec: ExportSpec, recipe: Recipe) -> dict[str, ExportedProgram]:
     recipe = tensorrt_recipes.adapt(recipe)
     calibration = load_calibration(None) if needs_calibration(recipe) else None
     folded = reparameterize(model).model
-    programs = dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
-    graphs = tensorrt_lowering.write(programs, spec, folder)
-    return Lowered(spec=spec, programs=programs, graphs=graphs, folder=folder)
+    return dict(quantize(folded, recipe, spec, calibration, lambda _: None).programs)
 
 
 def lively(head_dim: int = 16, *, tied: bool = False, biases: bool = True) -> FastVLM:
@@ -83,6 +92,42 @@ def lively(head_dim: int = 16, *, tied: bool = False, biases: bool = True) -> Fa
 def small(recipe: Recipe, folder: Path, head_dim: int = 16, **options: bool) -> Lowered:
     model = lively(head_dim, **options)
     return lower(model, make_spec(model), recipe, folder)
+
+
+@functools.cache
+def _quantized(
+    recipe: str, head_dim: int, **options: bool
+) -> tuple[ExportSpec, dict[str, ExportedProgram]]:
+    model = lively(head_dim, **options)
+    spec = make_spec(model)
+    return spec, quantized(model, spec, RECIPES[recipe])
+
+
+def shared(
+    factory: pytest.TempPathFactory,
+    recipe: str,
+    head_dim: int = 16,
+    *,
+    data_files: bool = False,
+    **options: bool,
+) -> Lowered:
+    """`small` under a built-in recipe, for all workers: not to be changed. See `shared.once`.
+
+    The files are; each worker makes the programs that they were written of.
+    """
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        spec, programs = _quantized(recipe, head_dim, **options)
+        with in_data_files() if data_files else nullcontext():
+            graphs = tensorrt_lowering.write(programs, spec, folder)
+        (folder / "graphs").write_bytes(pickle.dumps(graphs))
+
+    chosen = [f"{name}-{on}" for name, on in {"data": data_files, **options}.items()]
+    folder = once(factory, "-".join(["tensorrt", recipe, str(head_dim), *chosen]), write)
+    spec, programs = _quantized(recipe, head_dim, **options)
+    graphs = pickle.loads((folder / "graphs").read_bytes())  # noqa: S301 - our own
+    return Lowered(spec=spec, programs=programs, graphs=graphs, folder=folder)
 
 
 def worst_of_all(ours: Session, reference: Session, spec: ExportSpec) -> dict[str, float]:

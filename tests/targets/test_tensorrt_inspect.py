@@ -11,14 +11,15 @@ from fastvlm_export.targets import tensorrt_device, tensorrt_inspect
 from fastvlm_export.targets.tensorrt_engine import Loader
 from fastvlm_export.targets.tensorrt_inspect import read_back
 
+from . import tensorrt_opened
 from .cuda_stand_in import CudaApi
-from .tensorrt_opened import Exported, export
+from .tensorrt_opened import Exported
 from .tensorrt_stand_ins import GPU, Engine, Package
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(tmp_path_factory.mktemp("tensorrt"))
+    return tensorrt_opened.exported(tmp_path_factory)
 
 
 def loader_of(exported: Exported, **changes: Any) -> Loader:

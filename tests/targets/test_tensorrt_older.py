@@ -33,9 +33,9 @@ from fastvlm_export.targets.tensorrt_record import BuildRecord, read_record
 from fastvlm_export.validate.tensorrt_build import GraphProof
 
 from . import tensorrt_bundles as toys
-from .conftest import in_data_files, normal, worst
-from .tensorrt_opened import export
-from .tensorrt_toys import Lowered, small, worst_of_all
+from . import tensorrt_opened
+from .conftest import normal, worst
+from .tensorrt_toys import Lowered, shared, worst_of_all
 
 ALL = tuple(OPERATORS)
 CASES = {"fp32": (20, 5e-6), "fp16": (16, 1e-2), "bf16": (24, 8e-2)}
@@ -57,8 +57,7 @@ def written_out(lowered: Lowered, operators: tuple[str, ...], folder: Path) -> T
 
 @pytest.fixture(scope="module", params=list(CASES))
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    recipe = request.param
-    return small(RECIPES[recipe], tmp_path_factory.mktemp(recipe), CASES[recipe][0])
+    return shared(tmp_path_factory, request.param, CASES[request.param][0])
 
 
 @pytest.mark.parametrize("operators", [*((one,) for one in ALL), ALL], ids="+".join)
@@ -224,11 +223,10 @@ def test_only_what_the_parser_lacks_is_written_out(
 
 @needs_rtx
 def test_data_files_are_read_from_where_they_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with in_data_files():
-        lowered = small(RECIPES["int4"], tmp_path)
-    older = without(tmp_path / onnx_file("decoder"), ALL)
+    lowered = shared(tmp_path_factory, "int4", data_files=True)
+    older = without(lowered.folder / onnx_file("decoder"), ALL)
     model = onnx.ModelProto.FromString(older.model)
     assert len(older.model) < 200_000
     assert {item.data_location for item in model.graph.initializer} == {0, 1}
@@ -243,9 +241,11 @@ def test_data_files_are_read_from_where_they_lie(
     assert max(found.values()) < CASES["fp16"][1], found
 
 
-def test_a_session_takes_turns_with_two_sets_of_buffers(tmp_path: Path) -> None:
-    exported = export(tmp_path)
-    path = tmp_path / onnx_file("decoder")
+def test_a_session_takes_turns_with_two_sets_of_buffers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    exported = tensorrt_opened.exported(tmp_path_factory)
+    path = exported.folder / onnx_file("decoder")
     path.write_bytes(without(path, ALL).model)
     ours = exported.opens(backend=Backend.TENSORRT, in_place=False).session
     assert "two sets" in ours.how

@@ -14,9 +14,10 @@ from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.targets import tensorrt_kernels
 from fastvlm_export.targets.tensorrt_package import Backend
 
+from . import tensorrt_opened
 from .conftest import normal, worst
 from .cuda_stand_in import CudaApi
-from .tensorrt_opened import CONTEXT, Exported, export, ids, pixels
+from .tensorrt_opened import CONTEXT, Exported, ids, pixels
 from .tensorrt_stand_ins import RUN_SECONDS
 
 CLOSE = 2e-5
@@ -24,7 +25,7 @@ CLOSE = 2e-5
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(tmp_path_factory.mktemp("tensorrt"))
+    return tensorrt_opened.exported(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,16 @@ from fastvlm_export.targets.tensorrt_cuda import Cuda
 from fastvlm_export.targets.tensorrt_package import Backend
 from fastvlm_export.targets.tensorrt_session import TensorRTSession
 
+from . import tensorrt_opened
 from .conftest import normal
 from .cuda_stand_in import CudaApi, Status
-from .tensorrt_opened import Exported, export, pixels
+from .tensorrt_opened import Exported, pixels
 from .tensorrt_stand_ins import GPU, Context, Engine, Location, Package
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(tmp_path_factory.mktemp("tensorrt"))
+    return tensorrt_opened.exported(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -91,11 +91,13 @@ def test_an_engine_that_is_cut_off_or_another_is_told(bundle: Path) -> None:
     path = bundle / engine_file("vision")
     data = path.read_bytes()
     path.write_bytes(data[:200])
-    assert failed(found(bundle), "vision") == {"files unlike the record's", "flaws of the engine"}
-    assert "of its" in found(bundle).verdict
+    proof = found(bundle)
+    assert failed(proof, "vision") == {"files unlike the record's", "flaws of the engine"}
+    assert "of its" in proof.verdict
     path.write_bytes((bundle / engine_file("decoder")).read_bytes())
-    assert failed(found(bundle), "vision") == {"files unlike the record's", "flaws of the engine"}
-    assert "bytes of weights, the graph" in str(found(bundle).to_dict())
+    proof = found(bundle)
+    assert failed(proof, "vision") == {"files unlike the record's", "flaws of the engine"}
+    assert "bytes of weights, the graph" in str(proof.to_dict())
     path.unlink()
     assert "vision.engine is missing" in str(found(bundle).to_dict())
     path.write_bytes(b"not an engine at all" * 1000)

@@ -1,5 +1,7 @@
 """Every number of a TensorRT bundle's graphs is the programs'; one that is not is named."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,21 @@ import pytest
 from onnx import numpy_helper
 
 from fastvlm_export.exporter.errors import ExportError
-from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.validate import stored
 
-from ..targets.tensorrt_toys import Lowered, small
+from ..targets.tensorrt_toys import Lowered, shared
+
+
+@pytest.fixture
+def lowered(
+    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Lowered:
+    """A copy to be damaged."""
+    recipe, head_dim = request.param
+    # Numbers in a head, and data files, as other tests have them that share it.
+    found = shared(tmp_path_factory, recipe, head_dim, data_files=recipe == "int4")
+    shutil.copytree(found.folder / "onnx", tmp_path / "onnx")
+    return dataclasses.replace(found, folder=tmp_path)
 
 
 def compared(lowered: Lowered) -> stored.StoredWeights:
@@ -39,13 +52,14 @@ def damage(path: Path, name: str) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int4", "fp8"])
-def test_all_numbers_are_there_and_a_changed_one_is_named(recipe: str, tmp_path: Path) -> None:
-    lowered = small(RECIPES[recipe], tmp_path)
+@pytest.mark.parametrize(
+    "lowered", [("fp32", 20), ("fp16", 16), ("int4", 16), ("fp8", 16)], indirect=True
+)
+def test_all_numbers_are_there_and_a_changed_one_is_named(lowered: Lowered) -> None:
     found = compared(lowered)
     assert found.passed, found.verdict
     assert all(one.tensors and one.numbers > 1000 for one in found.functions)
-    path = tmp_path / "onnx/decoder.onnx"
+    path = lowered.folder / "onnx/decoder.onnx"
     initializers = onnx.load(path).graph.initializer
     integers = [t.name for t in initializers if t.data_type == onnx.TensorProto.INT4]
     floats = [t.name for t in initializers if "k_proj.bias" in t.name]
@@ -58,9 +72,9 @@ def test_all_numbers_are_there_and_a_changed_one_is_named(recipe: str, tmp_path:
     assert "decoder.layers" in broken.missing[0]
 
 
-def test_a_damaged_graph_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    lowered = small(RECIPES["fp32"], tmp_path)
-    path = tmp_path / "onnx/vision.onnx"
+@pytest.mark.parametrize("lowered", [("fp32", 20)], indirect=True)
+def test_a_damaged_graph_is_an_error_that_says_what_to_do(lowered: Lowered) -> None:
+    path = lowered.folder / "onnx/vision.onnx"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ExportError, match="can't be read") as caught:
         compared(lowered)
