@@ -6,6 +6,7 @@ itself, and some hundred of them in a row add up like a random walk through laye
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import onnx_ir as ir
@@ -29,6 +30,7 @@ from fastvlm_export.quantize.ranges import larger, magnitude
 from fastvlm_export.quantize.runnable import Float32Interpreter, runnable
 from fastvlm_export.targets import onnx_lowering
 
+from ..conftest import tiny_model
 from .halves import BLOCK, LIMIT, RESOLUTION, ROUNDING, enlarged, error, half_inputs, silent
 
 CONTEXT = 64
@@ -72,10 +74,24 @@ def plain(tiny: FastVLM) -> FastVLM:
     return reparameterize(tiny).model
 
 
-def test_a_model_inside_the_range_keeps_no_operator(plain: FastVLM) -> None:
-    for name, graph in built(plain).items():
-        inputs = inputs_of(graph, plain)
-        half = to_half(graph, [inputs], LIMIT, silent)
+Converted = tuple[Graph, tuple[Tensor, ...], Half]
+
+
+@cache
+def converted(name: str, *, limit: float = LIMIT, peak: float | None = None) -> Converted:
+    """A graph of `plain`, which may be `enlarged`, its inputs and it in fp16: not to be changed."""
+    model = reparameterize(tiny_model()).model
+    graph = built(model if peak is None else enlarged(model, peak))[name]
+    inputs = inputs_of(graph, model)
+    return graph, inputs, to_half(graph, [inputs], limit, silent)
+
+
+GRAPHS = ("vision", "embedding", "decoder")
+
+
+def test_a_model_inside_the_range_keeps_no_operator() -> None:
+    for name in GRAPHS:
+        graph, inputs, half = converted(name)
         worst = max(errors(half, graph, inputs))
         print(f"{name}: {worst:.2e} of the peak")
         assert half.kept == ()
@@ -133,19 +149,16 @@ def largest_in_half(half: Half, inputs: tuple[Tensor, ...]) -> float:
 
 
 @pytest.mark.parametrize("peak", [6e4, 1e6])
-def test_nothing_beyond_the_limit_is_stored_in_fp16(plain: FastVLM, peak: float) -> None:
-    graph = built(enlarged(plain, peak))["vision"]
-    inputs = inputs_of(graph, plain)
-    half = to_half(graph, [inputs], LIMIT, silent)
-    naive = to_half(graph, [inputs], math.inf, silent)
+def test_nothing_beyond_the_limit_is_stored_in_fp16(peak: float) -> None:
+    graph, inputs, half = converted("vision", peak=peak)
+    _, _, naive = converted("vision", limit=math.inf, peak=peak)
     assert largest_in_half(half, inputs) <= LIMIT
     assert not largest_in_half(naive, inputs) <= LIMIT  # or NaN
     assert errors(half, graph, inputs)[0] < ROUNDING
 
 
-def test_neighbours_in_float32_hand_values_on_without_casts(plain: FastVLM) -> None:
-    graph = built(enlarged(plain, 6e4))["vision"]
-    half = to_half(graph, [inputs_of(graph, plain)], LIMIT, silent)
+def test_neighbours_in_float32_hand_values_on_without_casts() -> None:
+    _, _, half = converted("vision", peak=6e4)
     nodes = {n.name: n for n in half.program.graph.nodes}
     kept = {r.node for r in half.kept}
     casts = [n for n in nodes.values() if n.target is torch.ops.aten._to_copy.default]
@@ -217,10 +230,10 @@ def test_weights_that_fp16_does_not_have_stay_float32(factor: float) -> None:
     assert errors(half, graph, (x,))[0] < ROUNDING
 
 
-def test_the_interface_stays_float32_but_for_the_cache(plain: FastVLM) -> None:
-    for name, graph in built(plain).items():
-        inputs = inputs_of(graph, plain)
-        program = to_half(graph, [inputs], LIMIT, silent).program
+def test_the_interface_stays_float32_but_for_the_cache() -> None:
+    for name in GRAPHS:
+        graph, inputs, half = converted(name)
+        program = half.program
         values = {n.name: n.meta.get("val") for n in program.graph.nodes}
         signature = program.graph_signature
         for names, traced in (
@@ -279,7 +292,7 @@ def bundled() -> tuple[FastVLM, dict[str, Graph], dict[str, tuple[Tensor, ...]]]
     return model, parts, inputs
 
 
-@pytest.mark.parametrize("name", ["vision", "embedding", "decoder"])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_the_bundled_model_in_fp16_and_in_onnx_runtime(
     bundled: tuple[FastVLM, dict[str, Graph], dict[str, tuple[Tensor, ...]]], name: str
 ) -> None:
@@ -308,9 +321,7 @@ def test_the_bundled_model_in_fp16_and_in_onnx_runtime(
 
 
 def test_float32_exceptions_survive_onnx_runtime(plain: FastVLM) -> None:
-    graph = built(enlarged(plain, 1e6))["vision"]
-    inputs = inputs_of(graph, plain)
-    half = to_half(graph, [inputs], LIMIT, silent)
+    graph, inputs, half = converted("vision", peak=1e6)
     names = onnx_lowering.interface("vision", half.program, plain.config.decoder)
     lowered = ir.to_proto(onnx_lowering.to_onnx(half.program, names)).SerializeToString()
     session = ort.InferenceSession(lowered, providers=["CPUExecutionProvider"])

@@ -50,8 +50,13 @@ ALL = Recipe(name="all", vision=GROUPS, embedding=GROUPS, decoder=GROUPS, head=G
 PALETTES = PaletteConv2d | PaletteEmbedding | PaletteLinear
 
 
-def small(*, tied: bool = True) -> FastVLM:
+@cache
+def _small(tied: bool) -> FastVLM:
     return reparameterize(lively_model(VOCAB, tied=tied)).model.eval().requires_grad_(False)
+
+
+def small(*, tied: bool = True) -> FastVLM:
+    return copy.deepcopy(_small(tied))
 
 
 def palettes(model: FastVLM) -> dict[str, PALETTES]:
@@ -88,7 +93,16 @@ def quantized(model: FastVLM, recipe: Recipe) -> Quantized:
     calibration = None
     if needs_calibration(recipe):
         calibration = dataclasses.replace(load(None), images=load(None).images[:2])
-    return quantize(model, recipe, spec_of(model), calibration, lambda _: None)
+    names = [name for name, _ in model.named_modules()]
+    found = quantize(model, recipe, spec_of(model), calibration, lambda _: None)
+    assert [name for name, _ in model.named_modules()] == names, "the model is as it was"
+    return found
+
+
+@cache
+def quantized_all() -> Quantized:
+    """The tied model under ALL."""
+    return quantized(small(), ALL)
 
 
 def psnr(expected: Tensor, got: Tensor) -> float:
@@ -267,9 +281,7 @@ def test_damaged_weights_are_refused_by_name() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_programs_hold_indices_and_tables(tied: bool) -> None:
     model = small(tied=tied)
-    names = [name for name, _ in model.named_modules()]
-    found = quantized(model, ALL)
-    assert [name for name, _ in model.named_modules()] == names, "the model is as it was"
+    found = quantized_all() if tied else quantized(model, ALL)
     assert len(found.record.layers) == len(layer_rows(model))
     layer = "vision_tower.network.0.0.convffn.fc1"
     held = constants(found.programs["vision"])
@@ -291,7 +303,7 @@ def test_programs_hold_indices_and_tables(tied: bool) -> None:
 def test_tables_in_float16() -> None:
     model = small()
     recipe = dataclasses.replace(ALL, float_format=Float.FP16)
-    half, wide = quantized(model, recipe).programs, quantized(model, ALL).programs
+    half, wide = quantized(model, recipe).programs, quantized_all().programs
     for name, program in half.items():
         tables = {k: v for k, v in constants(program).items() if k.endswith(".table")}
         assert tables
