@@ -9,17 +9,17 @@ from typing import Any
 import onnx
 import pytest
 
-from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets.eager import ProgramSession
 from fastvlm_export.targets.tensorrt_onnx_session import TensorRTOnnxSession
 from fastvlm_export.validate.limits import EXACT
 
-from .tensorrt_toys import Lowered, small, worst_of_all
+from .tensorrt_toys import Lowered, shared, worst_of_all
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4", "fp8"])
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    return small(RECIPES[request.param], tmp_path_factory.mktemp(request.param))
+    head_dim = 24 if request.param == "bf16" else 16  # as others ask for
+    return shared(tmp_path_factory, request.param, head_dim)
 
 
 def differences(lowered: Lowered, *, exact: bool) -> dict[str, float]:
