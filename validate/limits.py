@@ -155,9 +155,10 @@ def limits_for(recipe: Recipe) -> Limits:
     )
 
 
-# Nothing is rounded but float32's last bit, and both sides run PyTorch's own kernels: 3e-7 to 5e-7
-# was seen on the bundled model, 4.3e-6 at worst on the 0.5B with random weights; deeper models need
-# some room. A decoder layer's output times 1.001 moves the bundled model's logits by 7e-5.
+# Nothing is rounded but float32's last bit. Between PyTorch's own kernels 3e-7 to 5e-7 was seen on
+# the bundled model, 4.3e-6 at worst on the 0.5B with random weights; against ONNX Runtime's, 1.4e-6
+# and 5.7e-6; deeper models need some room. A decoder layer's output times 1.001 moves the bundled
+# model's logits by 7e-5.
 EXACT = replace(
     FLOAT32,
     features=4e-5,
