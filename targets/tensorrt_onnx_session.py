@@ -40,7 +40,7 @@ def load(
     """A graph on the CPU, its QuantizeLinear and DequantizeLinear as they are written.
 
     See `tensorrt_onnx_float` for bfloat16 and `exact`. Raises ExportError where the file can't be
-    read.
+    read, or has nodes that no graph of this target has.
     """
     options = session_options(intra_op_threads)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -51,5 +51,8 @@ def load(
     if not exact and not has_bfloat16(model):
         return load_model(path, str(path), options, "tensorrt")
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
-    model = unrounded(model) if exact else widen(model)
+    try:
+        model = unrounded(model) if exact else widen(model)
+    except (LookupError, ValueError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path} is no graph of target 'tensorrt': {error!r}", HINT) from error
     return load_model(path, model.SerializeToString(), options, "tensorrt")

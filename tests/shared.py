@@ -59,7 +59,7 @@ def int8(out: Path) -> None:
 
 
 def tensorrt_int4(out: Path) -> None:
-    """As engines."""
+    """Of 4 and 8 bits, as engines."""
     _quantized(out, "tensorrt", "int4", compute_capabilities=("80", "120"))
 
 

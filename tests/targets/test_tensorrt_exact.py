@@ -1,14 +1,18 @@
 """The graphs of engines without any rounding: the same real numbers as the quantized programs."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
+from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.targets.eager import ProgramSession
 from fastvlm_export.targets.tensorrt_onnx_session import TensorRTOnnxSession
 from fastvlm_export.validate.limits import EXACT
@@ -29,6 +33,22 @@ def differences(lowered: Lowered, *, exact: bool) -> dict[str, float]:
     ours = TensorRTOnnxSession(bundle, exact=exact)
     reference = ProgramSession(lowered.programs, lowered.spec.decoder, context, exact=exact)
     return worst_of_all(ours, reference, lowered.spec)
+
+
+def first(graph: onnx.GraphProto, operator: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if node.op_type == operator)
+
+
+def altered(
+    lowered: Lowered, graph: str, change: Callable[[onnx.GraphProto], None], folder: Path
+) -> Lowered:
+    """A copy with one of its graphs changed."""
+    copied = replace(lowered, folder=Path(shutil.copytree(lowered.folder, folder)))
+    path = copied.folder / copied.graphs[graph].file
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+    return copied
 
 
 def test_without_rounding_every_recipe_computes_what_its_program_does(lowered: Lowered) -> None:
@@ -58,15 +78,41 @@ def test_an_operator_that_rounding_would_hide_shows(
     stage: str,
 ) -> None:
     """In one node of many."""
-    changed = replace(lowered, folder=Path(shutil.copytree(lowered.folder, tmp_path / "changed")))
-    path = changed.folder / changed.graphs[graph].file
-    model = onnx.load(path)
-    node = next(node for node in model.graph.node if node.op_type == operator)
-    kept = [one for one in node.attribute if one.name != attribute]
-    del node.attribute[:]
-    node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
-    onnx.save(model, path)
+
+    def change(graph: onnx.GraphProto) -> None:
+        node = first(graph, operator)
+        kept = [one for one in node.attribute if one.name != attribute]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
+
+    changed = altered(lowered, graph, change, tmp_path / "changed")
     before, after = (differences(one, exact=True)[stage] for one in (lowered, changed))
     typed = differences(changed, exact=False)[stage]
     print(f"exact {before:.1e} -> {after:.1e}, typed {typed:.1e}")
     assert before < getattr(EXACT, stage) < after
+
+
+def without_zero_point(graph: onnx.GraphProto) -> None:
+    del first(graph, "QuantizeLinear").input[2]
+
+
+def unsigned(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "unsigned"))
+    first(graph, "QuantizeLinear").input[2] = "unsigned"
+
+
+def without_inputs(graph: onnx.GraphProto) -> None:
+    del first(graph, "DequantizeLinear").input[:]
+
+
+@pytest.mark.parametrize("lowered", ["int8"], indirect=True)
+@pytest.mark.parametrize("change", [without_zero_point, unsigned, without_inputs])
+def test_a_graph_of_others_is_one_error(
+    lowered: Lowered, tmp_path: Path, change: Callable[[onnx.GraphProto], None]
+) -> None:
+    changed = altered(lowered, "vision", change, tmp_path / "changed")
+    with pytest.raises(
+        ExportError, match=r"vision\.onnx is no graph of target 'tensorrt'"
+    ) as caught:
+        differences(changed, exact=True)
+    assert "fastvlm-export" in caught.value.hint
