@@ -16,7 +16,6 @@ from ..quantize.calibration import Calibration
 from ..quantize.calibration import load as load_calibration
 from ..quantize.recipes import Recipe, recorded
 from ..targets.eager import ProgramSession
-from ..validate.floor import has_float_floor
 from ..validate.latency import Plan
 from ..validate.machine import instructions, peak_memory
 from ..validate.proof import (
@@ -30,6 +29,7 @@ from ..validate.proof import (
 )
 from ..validate.report import Example, Export, Folding, Report
 from ..validate.report import files_of as report_files
+from ..validate.rounding_floor import has_float_floor
 from ..validate.sessions import has_exact, not_timed, runtime
 from ..validate.stored import NOT_COMPARED, has_stored
 from . import bundle as bundles

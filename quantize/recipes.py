@@ -292,7 +292,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="fp16",
             float_format=Float.FP16,
-            limits=LossLimits(mean_kl=1e-3, accuracy_points=0.0),
+            limits=LossLimits(mean_kl=1e-3, accuracy_points=0.5),
         ),
         Recipe(
             name="int8",

@@ -18,6 +18,9 @@ TARGET_NAMES = {
 NOISE = "noise / peak"
 """The check that people know as PSNR: -20 log10 of it, in dB, of which more is better."""
 
+NOISE_OF_ALL = f"{NOISE}, all images"
+_DECIBELS = {NOISE: "PSNR", NOISE_OF_ALL: "PSNR, all images"}
+
 PART_NAMES = {
     "load_cold": "Load, cold",
     "load_warm": "Load, warm",
@@ -78,19 +81,21 @@ def number(value: float) -> str:
 
 def check_name(name: str) -> str:
     """A check as people know it."""
-    return "PSNR" if name == NOISE else name
+    return _DECIBELS.get(name, name)
 
 
 def check_value(name: str, value: float) -> str:
     """A check's value in the unit that people know it by."""
-    if name != NOISE or not math.isfinite(value):
+    if name not in _DECIBELS or not math.isfinite(value):
         return number(value)
     return f"{number(decibels(value))} dB"
 
 
 def check_limit(name: str, limit: float) -> str:
-    """A check's limit likewise: where more is better it is the least."""
-    return f"≥ {check_value(name, limit)}" if name == NOISE else number(limit)
+    """A check's limit likewise: where more is better it is the least; empty where there is none."""
+    if math.isinf(limit):
+        return ""
+    return f"≥ {check_value(name, limit)}" if name in _DECIBELS else number(limit)
 
 
 def target_name(name: str) -> str:

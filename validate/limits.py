@@ -3,10 +3,59 @@
 A palette's indices count as integers: what is computed with its weights is not rounded, either.
 """
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from ..quantize.recipes import EMBEDDING, Activations, Float, Precision, Recipe
+
+CHANCE = 3
+"""Tokens of all images together that may be others by chance, whatever their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Over all images together: what a rounded artifact is held to, and what a run of one showed.
+
+    `features_rms` and `logits_rms` are RMS of the difference in parts of the reference's RMS,
+    `features_noise` in parts of its peak, `mean_kl` is in nats, `tokens` is the share of positions
+    with another most likely token.
+    """
+
+    features_rms: float
+    features_noise: float
+    logits_rms: float
+    mean_kl: float
+    tokens: float
+
+    def share(self, positions: int) -> float:
+        """The share of so many positions whose most likely token may be another."""
+        return min(1.0, self.tokens + CHANCE / max(positions, 1))
+
+    def worst(self, other: "Statistics") -> "Statistics":
+        """The larger of each; what is not finite counts as nothing."""
+        return self._larger(Statistics(**{k: _finite(v) for k, v in asdict(other).items()}))
+
+    def times(self, amplitudes: float) -> "Statistics":
+        """Each of them scaled with the size of the disturbance; KL grows with its square."""
+        return Statistics(
+            features_rms=self.features_rms * amplitudes,
+            features_noise=self.features_noise * amplitudes,
+            logits_rms=self.logits_rms * amplitudes,
+            mean_kl=self.mean_kl * amplitudes**2,
+            tokens=self.tokens * amplitudes,
+        )
+
+    def _larger(self, other: "Statistics") -> "Statistics":
+        ours, theirs = asdict(self), asdict(other)
+        return Statistics(**{name: max(ours[name], theirs[name]) for name in ours})
+
+
+NOTHING = Statistics(features_rms=0.0, features_noise=0.0, logits_rms=0.0, mean_kl=0.0, tokens=0.0)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +69,9 @@ class Limits:
     `mean_kl` are in nats; `answers` is the share of the bundled task's questions that may be
     answered otherwise. `tokens` may differ in each case beside ties, which are tokens whose logits
     lie within twice `tie` of the peak: see `Tie`.
+
+    An infinite limit judges nothing but that the value is finite. It stands where roundings make
+    the worst value a matter of chance; there `statistics` judges all images together.
     """
 
     pixels: float
@@ -35,6 +87,12 @@ class Limits:
     answers: float
     tie: float
     tokens: float = 0.0
+    statistics: Statistics | None = None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether roundings decide what single logits are."""
+        return self.statistics is not None
 
 
 # Both sides compute in float32 and only the order of sums differs (folded convolutions, fused
@@ -63,44 +121,62 @@ FLOAT32 = Limits(
 # in its last bit or two.
 INTEGER_WEIGHTS = replace(FLOAT32, embeddings=1e-6)
 
+
+def _together(least: Statistics, *, embeddings: float, tie: float) -> Limits:
+    """Limits that judge single values by being finite alone, and all images by their statistics."""
+    return Limits(
+        pixels=0.0,
+        features=math.inf,
+        features_rms=math.inf,
+        features_noise=math.inf,
+        cosine=math.inf,
+        embeddings=embeddings,
+        logits=math.inf,
+        logits_rms=math.inf,
+        worst_kl=math.inf,
+        mean_kl=math.inf,
+        answers=0.02,
+        tie=tie,
+        tokens=math.inf,
+        statistics=least,
+    )
+
+
+# The statistics below are the least that an artifact may differ by. A model that amplifies
+# roundings more is given what its own reference is seen to move by: see `rounding_floor`.
+#
 # One rounding to half precision is 2^-11 = 4.9e-4 of a value, and each side rounds in other places:
 # a runtime that fuses two operators rounds once. Through 30-odd layers of a few operators each,
 # independent errors of 4.9e-4 / sqrt(3) grow with the root of their number to some 3e-3 in RMS;
 # 4.4e-3 was seen in the logits of the 0.5B with random weights. The limits are about twice that.
-# 1 - cosine is half the square of the relative error. Logits of RMS 5 that move by 1e-2 of it shift
-# KL by (5e-2)^2 / 2 = 1e-3 in the mean. A gathered row is copied, so the table stays equal.
-# Features have peaks of three times their RMS and more, which makes a PSNR of at least 50 dB.
-FLOAT16 = Limits(
-    pixels=0.0,
-    features=2e-2,
-    features_rms=1e-2,
-    features_noise=10 ** (-50 / 20),
-    cosine=1e-4,
+# Logits of RMS 5 that move by 1e-2 of it shift KL by (5e-2)^2 / 2 = 1e-3 in the mean. A gathered
+# row is copied, so the table stays equal. Features have peaks of three times their RMS and more,
+# which makes a PSNR of at least 50 dB.
+FLOAT16 = _together(
+    Statistics(
+        features_rms=1e-2,
+        features_noise=10 ** (-50 / 20),
+        logits_rms=1e-2,
+        mean_kl=1e-3,
+        tokens=0.02,
+    ),
     embeddings=0.0,
-    logits=2e-2,
-    logits_rms=1e-2,
-    worst_kl=5e-3,
-    mean_kl=1e-3,
-    answers=0.0,
     tie=2e-2,
 )
 
 # bfloat16 has three bits less: one rounding is 2^-8, eight times float16's, and so are the errors
-# that it grows to; 1 - cosine and KL are their squares. On the bundled model PyTorch's own bfloat16
-# kernels differ from their meaning in float32 by 7e-3 (features) and 1.8e-2 (logits) in RMS, by
-# 6e-5 (cosine), 3e-3 and 3e-4 (KL), about eight times what float16 shows; deeper models need room.
-BFLOAT16 = Limits(
-    pixels=0.0,
-    features=0.16,
-    features_rms=8e-2,
-    features_noise=8 * FLOAT16.features_noise,
-    cosine=6e-3,
+# that it grows to; KL is their square. On the bundled model PyTorch's own bfloat16 kernels differ
+# from their meaning in float32 by 7e-3 (features) and 1.8e-2 (logits) in RMS and 3e-4 (KL), about
+# eight times what float16 shows; deeper models need room.
+BFLOAT16 = _together(
+    Statistics(
+        features_rms=8e-2,
+        features_noise=8 * 10 ** (-50 / 20),
+        logits_rms=8e-2,
+        mean_kl=5e-2,
+        tokens=0.05,
+    ),
     embeddings=0.0,
-    logits=0.16,
-    logits_rms=8e-2,
-    worst_kl=0.2,
-    mean_kl=5e-2,
-    answers=0.02,
     tie=0.16,
 )
 
@@ -110,29 +186,18 @@ _FLOATS = {Float.FP32: FLOAT32, Float.FP16: FLOAT16, Float.BF16: BFLOAT16}
 # cases and is then off by a whole step, 1/255 of its range. So rounding turns errors of size d into
 # sqrt(d * step), and after a few layers the last bit of a float32 sum has become a good part of the
 # rounding noise itself. That is no fault of an artifact: the bundled model's int8 reference against
-# itself, inputs moved by 2e-7, shows 2.9e-2 and 2.2e-2 (features, worst and RMS), 1e-3 (cosine),
-# 3e-2 and 6e-2 (logits), 8e-3 and 9e-4 (KL), and ONNX Runtime 2.6e-2, 2.0e-2, 7e-4, 3.5e-2 and
-# 4.1e-2; end to end, where the tower's flips meet the decoder's, KL is 1.9e-2 and 1.8e-3. The
-# limits are two to three times that; of 64 tokens instead of 24 the worst logit was off by 6.6e-2.
-INTEGER_ACTIVATIONS = Limits(
-    pixels=0.0,
-    features=6e-2,
-    features_rms=5e-2,
-    features_noise=5e-2,
-    cosine=2e-3,
+# itself, inputs moved by 2e-7, shows 2.2e-2 (features, RMS), 6e-2 (logits, RMS) and 9e-4 (mean KL),
+# and ONNX Runtime 2.0e-2 and 4.1e-2; end to end, where the tower's flips meet the decoder's, mean
+# KL is 1.8e-3. The limits are two to three times that.
+#
+# fp8's steps are wider (2^-4 of a value), but come with bfloat16's: the bundled model under `fp8`,
+# with PyTorch's bfloat16 kernels instead of their meaning in float32, shows half of what both sets
+# allow, or less.
+INTEGER_ACTIVATIONS = _together(
+    Statistics(features_rms=5e-2, features_noise=5e-2, logits_rms=0.12, mean_kl=5e-3, tokens=0.02),
     embeddings=1e-6,
-    logits=0.1,
-    logits_rms=0.12,
-    worst_kl=5e-2,
-    mean_kl=5e-3,
-    answers=0.02,
     tie=6e-2,
 )
-
-
-# fp8's steps are wider (2^-4 of a value), but come with bfloat16's: the bundled model under `fp8`,
-# with PyTorch's bfloat16 kernels instead of their meaning in float32, shows 2.3e-2 (features, RMS),
-# 7e-4 (cosine), 5.7e-2 (logits, RMS), 6e-2 and 5e-3 (KL): half of what both sets allow, or less.
 
 
 def limits_for(recipe: Recipe) -> Limits:
@@ -145,8 +210,17 @@ def limits_for(recipe: Recipe) -> Limits:
     rules = [r.precision for r in recipe.layers if not r.pattern.startswith("decoder.")]
     tower = _loosest(recipe, [recipe.vision, *rules])
     table = _loosest(recipe, [recipe.precision(EMBEDDING)])
+    found = _loosest(recipe, recipe.precisions)
+    if found.statistics:
+        features = tower.statistics or tower
+        statistics = replace(
+            found.statistics,
+            features_rms=features.features_rms,
+            features_noise=features.features_noise,
+        )
+        found = replace(found, statistics=statistics)
     return replace(
-        _loosest(recipe, recipe.precisions),
+        found,
         features=tower.features,
         features_rms=tower.features_rms,
         features_noise=tower.features_noise,
@@ -187,4 +261,10 @@ def _loosest(recipe: Recipe, precisions: Iterable[Precision]) -> Limits:
         if precision.bits is not None:
             floating = precision.activations is Activations.FLOAT
             kinds.append(INTEGER_WEIGHTS if floating else INTEGER_ACTIVATIONS)
-    return Limits(**{f.name: max(getattr(kind, f.name) for kind in kinds) for f in fields(Limits)})
+    statistics = None
+    for kind in kinds:
+        if kind.statistics:
+            statistics = kind.statistics.worst(statistics or NOTHING)
+    numbers = [field.name for field in fields(Limits) if field.name != "statistics"]
+    largest = {name: max(getattr(kind, name) for kind in kinds) for name in numbers}
+    return Limits(**largest, statistics=statistics)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..quantize.recipes import LossLimits
-from ..targets.base import Array, Session
+from ..targets.base import Session
 from . import metrics
 from .accuracy import AccuracyReport, Share
 from .checks import Check, missing
-from .recording import Progress, Recording, one
+from .recording import Progress, Recording, along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ def _case(recording: Recording, quantized: Session) -> CaseLoss:
         cosine=metrics.cosine_distance(recording.features, image),
         relative=metrics.relative(recording.features, image),
     )
-    logits = _along(recording, quantized, image)
+    logits = along(recording, quantized, image)
     if flaw := metrics.flaw(recording.logits, logits):
         return CaseLoss(case=case.name, features=features, kl=(), agrees=(), flaw=f"logits: {flaw}")
     same = recording.logits.argmax(-1) == logits.argmax(-1)
@@ -196,13 +196,3 @@ def _case(recording: Recording, quantized: Session) -> CaseLoss:
         kl=tuple(metrics.kl(recording.logits, logits).tolist()),
         agrees=tuple(same.tolist()),
     )
-
-
-def _along(recording: Recording, quantized: Session, image: Array) -> Array:
-    """Logits [1+N,V] after the quantized model's own prompt and each token of the original."""
-    quantized.reset()
-    text = np.array(quantized.embed(recording.case.text_ids))
-    rows = [np.array(quantized.decode(recording.case.splice(text, image)))]
-    for token in recording.tokens[:-1]:
-        rows.append(np.array(quantized.decode(quantized.embed(one(token)))))
-    return np.concatenate(rows)

@@ -184,13 +184,15 @@ def _parity_tiles(report: "Report") -> list[Tile]:
     if report.parity is None:
         return []
     found = []
-    features = _worst(report.parity.measurements, Stage.FIRST_TOKEN, "max relative")
-    if features is not None:
+    logits = _worst(report.parity.measurements, Stage.FIRST_TOKEN, "max relative")
+    if logits is not None:
+        limit = formats.check_limit("max relative", report.parity.limits.logits)
+        judged = f"limit {limit}" if limit else "all images are judged together"
         found.append(
             Tile(
                 label="Worst logit difference",
-                value=formats.number(features),
-                note=f"of the peak; limit {formats.number(report.parity.limits.logits)}",
+                value=formats.number(logits),
+                note=f"of the peak; {judged}",
             )
         )
     greedy = [m for m in report.parity.measurements if m.stage is Stage.GREEDY and m.numbers]

@@ -4,6 +4,9 @@ Every stage after preprocessing is measured twice. *Isolated*: the candidate get
 own inputs, so a difference arose in that stage. *End to end*: the candidate lives on what it made
 itself, so differences add up as they do for a user. The first isolated failure, in the order of the
 pipeline, is the stage that broke.
+
+Where roundings decide single values (see `Limits.statistics`) those are shown and need only be
+finite; what is judged is all images together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +30,7 @@ from .parity_types import (
     Tie,
     summarize,
 )
+from .pooled import Pool
 from .recording import Case, Progress, Recording, one
 
 __all__ = [
@@ -60,15 +64,18 @@ def compare(
     measurements: list[Measurement] = []
     ties: list[Tie] = []
     free_runs: list[FreeRun] = []
+    pool = Pool()
     for number, (recording, case) in enumerate(zip(recordings, cases, strict=True), 1):
 
         def announce(stage: Stage, label: str = f"{case.name}, {number} of {len(cases)}") -> None:
             say(f"{label}: {stage}")
 
-        comparison = _Comparison(recording, case, candidate, limits, announce)
+        comparison = _Comparison(recording, case, candidate, limits, pool, announce)
         measurements += comparison.run()
         ties += comparison.ties
         free_runs += comparison.free_runs
+    if limits.statistics:
+        measurements += pool.measurements(limits.statistics)
     if not measurements:
         nothing = missing("images", 0.0, "no image was compared")
         measurements.append(
@@ -121,10 +128,11 @@ class _Comparison:
         case: Case,
         candidate: Session,
         limits: Limits,
+        pool: Pool,
         announce: Callable[[Stage], None],
     ) -> None:
         self.recording, self.case, self.candidate = recording, case, candidate
-        self.limits, self.announce = limits, announce
+        self.limits, self.pool, self.announce = limits, pool, announce
         self.ties: list[Tie] = []
         self.free_runs: list[FreeRun] = []
 
@@ -250,7 +258,9 @@ class _Comparison:
         }
         flaw = _flaw(theirs, ours)
         if flaw or isinstance(ours, _Absent):
+            self.pool.add_flaw(Stage.IMAGE_FEATURES, scope, f"{self.case.name}: {flaw}")
             return self._measurement(Stage.IMAGE_FEATURES, scope, _all_missing(limits, flaw), {})
+        self.pool.add_features(scope, theirs, ours)
         values = (
             metrics.relative(theirs, ours),
             metrics.relative_rms(theirs, ours),
@@ -295,8 +305,10 @@ class _Comparison:
                 flaw = f"position {position}: {problem}"
                 break
         if flaw:
+            self.pool.add_flaw(stage, scope, f"{self.case.name}: {flaw}")
             return self._measurement(stage, scope, _all_missing(limits, flaw), {})
         stacked = np.concatenate(rows)
+        self.pool.add_logits(scope, theirs, stacked)
         pairs = list(zip(theirs, stacked, strict=True))
         kl = metrics.kl(theirs, stacked)
         values = (
@@ -356,7 +368,7 @@ class _Comparison:
         # What follows the first token that differs answers another text: it is not compared.
         compared = (len(ours) if parted is None else parted + 1) - len(ties)
         check = Check(name=name, value=float(parted is not None), limit=self.limits.tokens)
-        if not compared:
+        if not compared and not self.limits.rounded:
             check = missing(name, self.limits.tokens, "every token is a tie: none was compared")
         numbers = {
             "tokens": float(compared),

@@ -107,9 +107,10 @@ def parity(result: ParityResult) -> Markup:
             out.append(_text(0, y + 5, STAGE_NAMES[line.stage], "label"))
         before = line.stage
         out.append(_text(left - 14, y + 4, check_name(line.name), "tick", "end"))
-        limit, furthest = place(line.limit), place(line.overall[0].value)
+        furthest = place(line.overall[0].value)
         out.append(f'<line x1="{left}" x2="{furthest:.1f}" y1="{y}" y2="{y}" class="stem"/>')
-        out.append(_limit(limit, y))
+        if math.isfinite(line.limit):
+            out.append(_limit(place(line.limit), y))
         for scope, (check, _) in line.worst.items():
             out.append(_mark(place(check.value), y, scope, check.passed))
         style = "good" if line.passed else "bad"

@@ -25,12 +25,12 @@ from .accuracy import AccuracyReport
 from .checks import Check
 from .delegation import Delegation, delegation, has_delegation
 from .digits import Question
-from .floor import has_float_floor, has_floor, rounding_floor, widened
 from .latency import Backend, LatencyResult, Plan, Subject
 from .limits import Limits, exact_limits, limits_for
 from .loss import Answers, QuantizationLoss, measure_loss
 from .parity import ParityResult
 from .recording import Case, Recording, record
+from .rounding_floor import difference, has_float_floor, rounding_floor, widened
 from .sessions import has_exact, open_session, runtime
 from .stored import compare_stored, has_stored
 from .stored_types import StoredWeights
@@ -217,9 +217,9 @@ def _quantized_baseline(
         )
     if original.answers and answers:
         loss = replace(loss, answers=Answers(original=original.answers, quantized=answers))
-    if has_floor(reference.recipe):
+    if limits.rounded:
         clock.stage("Measure the rounding floor of the quantized model")
-        floor = rounding_floor(recordings, session, limits, reference.recipe, clock.detail)
+        floor = rounding_floor(recordings, session, reference.recipe, clock.detail)
         limits = widened(limits, floor)
     return replace(baseline, limits=limits, recordings=recordings, answers=answers, loss=loss)
 
@@ -229,8 +229,7 @@ def _exact_baseline(baseline: Baseline, session: Session, clock: Clock) -> Basel
     recordings, limits = baseline.recordings[:EXACT_IMAGES], baseline.limits
     cases = [recording.case for recording in recordings]
     if has_float_floor(baseline.reference.recipe):
-        floor = parity.compare(recordings, cases, session, limits, clock.detail)
-        limits = widened(limits, floor)
+        limits = widened(limits, difference(recordings, session))
     exact = record(session, cases, EXACT_STEPS, clock.detail)
     return replace(baseline, limits=limits, exact=exact)
 

@@ -97,3 +97,16 @@ def record(
             )
         )
     return tuple(recordings)
+
+
+def along(recording: Recording, session: Session, image: Array) -> Array:
+    """Logits [1+N,V] after the session's own prompt and each token of the recorded reference.
+
+    `image` are the session's own features [1,N,D]. It lives on its own embeddings.
+    """
+    session.reset()
+    text = np.array(session.embed(recording.case.text_ids))
+    rows = [np.array(session.decode(recording.case.splice(text, image)))]
+    for token in recording.tokens[:-1]:
+        rows.append(np.array(session.decode(session.embed(one(token)))))
+    return np.concatenate(rows)

@@ -13,6 +13,7 @@ from .digits import Kind
 from .formats import PART_NAMES
 from .latency import LatencyResult, SubjectResult
 from .parity import STAGE_NAMES, ParityResult, Scope, Stage, Summary, summarize
+from .pooled import ALL
 from .quantized import EXACT, loss_rows
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def loss(found: "QuantizationLoss") -> Table:
 
 def parity(result: ParityResult, title: str = "Export error against PyTorch") -> Group:
     """The worst of each check over all images, by stage."""
-    images = len({m.case for m in result.measurements})
+    images = len({m.case for m in result.measurements} - {ALL})
     many = f"worst of {images} images" if images > 1 else "one image"
     table = _table(f"{title}, {many}, {result.steps} tokens")
     table.add_column("Stage", no_wrap=True)
