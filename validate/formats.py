@@ -18,8 +18,8 @@ TARGET_NAMES = {
 NOISE = "noise / peak"
 """The check that people know as PSNR: -20 log10 of it, in dB, of which more is better."""
 
-NOISE_OF_ALL = f"{NOISE}, all images"
-_DECIBELS = {NOISE: "PSNR", NOISE_OF_ALL: "PSNR, all images"}
+NOISE_OF_ALL = f"{NOISE}, all"
+_DECIBELS = {NOISE: "PSNR", NOISE_OF_ALL: "PSNR, all"}
 
 PART_NAMES = {
     "load_cold": "Load, cold",

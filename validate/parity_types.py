@@ -1,5 +1,6 @@
 """What a parity comparison takes and gives: cases, limits, measurements and the verdict."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -176,6 +177,11 @@ class Summary:
     def overall(self) -> tuple[Check, str]:
         """The worse of the two scopes."""
         return max(self.worst.values(), key=_badness)
+
+    @property
+    def judged(self) -> bool:
+        """False for a number that passes wherever it is finite."""
+        return math.isfinite(self.limit) or not self.passed
 
     @property
     def passed(self) -> bool:

@@ -114,9 +114,10 @@ def parity(result: ParityResult) -> Markup:
         for scope, (check, _) in line.worst.items():
             out.append(_mark(place(check.value), y, scope, check.passed))
         style = "good" if line.passed else "bad"
-        sign = "✓" if line.passed else "✗"
+        sign = ("✓ " if line.judged else "") if line.passed else "✗ "
         value = check_value(line.name, line.overall[0].value)
-        out.append(_text(WIDTH - right + 16, y + 4, f"{sign} {value}", style))
+        style = style if line.judged else "tick"
+        out.append(_text(WIDTH - right + 16, y + 4, f"{sign}{value}", style))
     return _svg(height, f"Worst value of each check against its limit. {result.verdict}", out)
 
 

@@ -19,9 +19,9 @@ from .limits import Statistics
 from .parity_types import Measurement, Scope, Stage
 
 ALL = "all images"
-RMS = "RMS relative, all images"
-MEAN_KL = "mean KL, all images"
-TOKENS = "share of other tokens"
+RMS = "RMS relative, all"
+MEAN_KL = "mean KL, all"
+TOKENS = "top-1 differs, all"
 
 
 @dataclass

@@ -89,7 +89,7 @@ def parity(result: ParityResult, title: str = "Export error against PyTorch") ->
             formats.check_name(line.name),
             *(_worst(line, scope) for scope in Scope),
             Text(formats.check_limit(line.name, line.limit), "dim"),
-            _sign(line.passed),
+            _sign(line.passed) if line.judged else "",
         )
         if not line.passed:
             reason = check.message or formats.check_value(line.name, check.value)
