@@ -4,16 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := requirements/lock.txt
 # Each worker has one thread (tests/conftest.py) and up to 3 GB; a file's tests share their fixtures.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Pinned first, so that no other package pulls in a build of torch with gigabytes of CUDA.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch==2.13.*"
-	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
-	# Test oracles. timm asks for torchvision, whose only build asks for CUDA's torch: no dependencies.
-	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.22,<1.1" "torchvision==0.29.*"
+	$(BIN)/python -m pip install --quiet --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip check
 	touch $(STAMP)
 
 install: $(STAMP)
@@ -38,4 +37,30 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(PYTEST)
 
-.PHONY: install demo test test-slow test-gpu check
+# Resolve every dependency anew into the lock file. `make lock UPGRADE=` keeps the versions it has.
+UPGRADE ?= --upgrade
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "uv>=0.13,<0.14"
+	$(BIN)/python -m uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 \
+		--fork-strategy fewest --extra all --extra dev --no-emit-index-url \
+		--custom-compile-command "make lock" --output-file $(LOCK) pyproject.toml
+
+# The tests with the oldest direct dependencies that pyproject.toml allows, and with the newest, each
+# in an environment of its own. Both take TESTS, such as TESTS=tests/targets.
+RESOLUTION_oldest := lowest-direct
+RESOLUTION_newest := highest
+TESTS ?=
+check-oldest check-newest: check-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet "uv>=0.13,<0.14"
+	.venv-$*/bin/python -m uv pip compile --quiet --upgrade --resolution $(RESOLUTION_$*) \
+		--extra all --extra dev --no-header --annotation-style line \
+		--output-file .venv-$*/resolved.txt pyproject.toml
+	.venv-$*/bin/python -m pip install --quiet --requirement .venv-$*/resolved.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
+	@echo "The $* direct dependencies:"
+	@sed -n 's/ *# via.*fastvlm-export.*//p' .venv-$*/resolved.txt
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+.PHONY: install demo test test-slow test-gpu check lock check-oldest check-newest
