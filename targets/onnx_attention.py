@@ -4,6 +4,10 @@ The fused operator rotates query and key, appends to the cache and attends. When
 are one buffer of the whole context it appends in place; given a past of exact length it returns one
 that is longer. Both come from the same graph, because the number of valid positions is taken from
 attention_mask, never from the cache's shape.
+
+Where the operator cannot rotate heads of this size, RotaryEmbedding does so before it. Where it
+cannot mix them either, they are filled up with zeros inside the graph, which add nothing to any
+product: the cache keeps its own width outside, at the price of being copied in each step.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +15,13 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset23 as op
+from onnxscript import opset23
 from onnxscript.values import Op, Opset
 
 from ..exporter.model.attention_op import cached_attention
 
 MICROSOFT = "com.microsoft"
+op: Any = opset23
 
 _Schema = onnx.defs.OpSchema
 _T, _M = "T", "M"
@@ -28,7 +33,10 @@ _SCHEMA = _Schema(
         *(_Schema.FormalParameter(name, _T) for name in ("query", "key", "value")),
         *(_Schema.FormalParameter(name, _T) for name in ("past_key", "past_value")),
         *(_Schema.FormalParameter(name, _M) for name in ("seqlens_k", "total_sequence_length")),
-        *(_Schema.FormalParameter(name, _T) for name in ("cos_cache", "sin_cache")),
+        *(
+            _Schema.FormalParameter(name, _T, param_option=_Schema.FormalParameterOption.Optional)
+            for name in ("cos_cache", "sin_cache")
+        ),
     ],
     outputs=[
         _Schema.FormalParameter(name, _T) for name in ("output", "present_key", "present_value")
@@ -38,11 +46,32 @@ _SCHEMA = _Schema(
         (_M, ["tensor(int32)"], ""),
     ],
     attributes=[
-        _Schema.Attribute(name, _Schema.AttrType.INT)
-        for name in ("num_heads", "kv_num_heads", "do_rotary")
+        *(
+            _Schema.Attribute(name, _Schema.AttrType.INT)
+            for name in ("num_heads", "kv_num_heads", "do_rotary")
+        ),
+        _Schema.Attribute("scale", _Schema.AttrType.FLOAT),
     ],
 )
+HEAD_STEP, ROTARY_STEP = 8, 16
+"""What the head size must be a multiple of: always, and where the operator itself rotates.
+
+From `Check_Q_K_V` and `CheckRotaryCaches` in onnxruntime/contrib_ops/cpu/bert/
+group_query_attention_helper.h, alike in ONNX Runtime 1.24 to 1.32. CheckRotaryCaches also wants
+tables whose width is a multiple of 8 and at most half the head: those of a whole head are.
+"""
+
 _group_query_attention = Op(Opset(MICROSOFT, 1), "GroupQueryAttention", _SCHEMA)
+
+
+def rotates(head_dim: int) -> bool:
+    """Whether GroupQueryAttention itself rotates heads of that size."""
+    return head_dim % ROTARY_STEP == 0
+
+
+def filling(head_dim: int) -> int:
+    """How many zeros a head of that size lacks until GroupQueryAttention takes it."""
+    return -head_dim % HEAD_STEP
 
 
 def _translate(
@@ -58,24 +87,72 @@ def _translate(
     kv_heads: int,
 ) -> Any:
     """See `cached_attention`. The lengths are computed per layer; equal nodes are merged later."""
-    one: Any = op.Constant(value_ints=[1])
-    valid = op.ReduceSum(attention_mask, one, keepdims=0)
+    head_dim = int(past_key.shape[3])
+    valid = op.ReduceSum(attention_mask, op.Constant(value_ints=[1]), keepdims=0)
     last_position = op.Cast(op.Sub(valid, op.Constant(value_int=1)), to=onnx.TensorProto.INT32)
     total = op.Squeeze(op.Shape(attention_mask, start=1, end=2))
-    return _group_query_attention(
-        query,
-        key,
-        value,
-        past_key,
-        past_value,
-        last_position,
-        op.Cast(total, to=onnx.TensorProto.INT32),
-        cos,
-        sin,
-        num_heads=heads,
-        kv_num_heads=kv_heads,
-        do_rotary=1,
+    lengths = last_position, op.Cast(total, to=onnx.TensorProto.INT32)
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+    if rotates(head_dim):
+        return _group_query_attention(
+            query, key, value, past_key, past_value, *lengths, cos, sin, **attributes, do_rotary=1
+        )
+
+    positions = _positions(valid, query)
+    query = op.RotaryEmbedding(query, cos, sin, positions, num_heads=heads)
+    key = op.RotaryEmbedding(key, cos, sin, positions, num_heads=kv_heads)
+    if not filling(head_dim):
+        return _group_query_attention(
+            query, key, value, past_key, past_value, *lengths, **attributes, do_rotary=0
+        )
+
+    out, present_key, present_value = _group_query_attention(
+        _filled_rows(query, heads, head_dim),
+        _filled_rows(key, kv_heads, head_dim),
+        _filled_rows(value, kv_heads, head_dim),
+        _filled(past_key, head_dim),
+        _filled(past_value, head_dim),
+        *lengths,
+        **attributes,
+        do_rotary=0,
+        scale=head_dim**-0.5,
     )
+    together = op.Constant(value_ints=[0, 0, heads * head_dim])
+    apart = op.Constant(value_ints=[0, 0, heads, head_dim + filling(head_dim)])
+    out = op.Reshape(_cut(op.Reshape(out, apart), head_dim), together)
+    return out, _cut(present_key, head_dim), _cut(present_value, head_dim)
+
+
+def _positions(valid: Any, query: Any) -> Any:
+    """Positions of the new tokens [B,S], as GroupQueryAttention counts them.
+
+    They are the last of `valid` [B] ones. In a first prompt they start at 0 in every row of a
+    batch, also in those that are shorter and filled up on the right.
+    """
+    new = op.Shape(query, start=1, end=2)
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    first = op.Max(op.Sub(valid, new), zero)
+    steps = op.Range(zero, op.Squeeze(new), one)
+    return op.Add(op.Unsqueeze(first, op.Constant(value_ints=[1])), steps)
+
+
+def _filled(x: Any, head_dim: int) -> Any:
+    """[B,n,m,d] -> [B,n,m,d + filling]."""
+    pads = op.Constant(value_ints=[0] * 7 + [filling(head_dim)])
+    return op.Pad(x, pads)
+
+
+def _filled_rows(x: Any, heads: int, head_dim: int) -> Any:
+    """[B,S,n*d] -> [B,S,n * (d + filling)]."""
+    apart = op.Constant(value_ints=[0, 0, heads, head_dim])
+    together = op.Constant(value_ints=[0, 0, heads * (head_dim + filling(head_dim))])
+    return op.Reshape(_filled(op.Reshape(x, apart), head_dim), together)
+
+
+def _cut(x: Any, head_dim: int) -> Any:
+    """[B,n,m,d + filling] -> [B,n,m,d]."""
+    start, end = op.Constant(value_ints=[0]), op.Constant(value_ints=[head_dim])
+    return op.Slice(x, start, end, op.Constant(value_ints=[3]))
 
 
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
