@@ -1,11 +1,11 @@
 """`build`: engines for a TensorRT bundle that exists, on the machine that shall run it."""
 
 import dataclasses
+import functools
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..quantize.recipes import Recipe, recorded
 from ..targets import TargetName, tensorrt, tensorrt_build, tensorrt_device
@@ -17,9 +17,13 @@ from ..targets.tensorrt_record import RECORD
 from ..validate import tensorrt_build as proof
 from ..validate.tensorrt_build import EngineProof
 from . import bundle as bundles
+from . import ownership, publish
 from .clock import Clock
 from .errors import ExportError
 from .progress import Progress, Silent
+
+REWRITTEN = (PLAN, RECORD, "engines")
+"""What is not carried over, beside the manifest and the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +38,17 @@ class BuildRequest:
 def build(request: BuildRequest, progress: Progress | None = None) -> EngineProof:
     """Build a bundle's engines by its plan, and put them into it in one step.
 
-    Everything else in the folder stays, but for its report, which spoke of other engines. A build
-    that fails or is interrupted leaves the bundle as it was. Raises ExportError for a bundle of
-    another target, for GPUs that can't be built for here, and where TensorRT fails.
+    Its other files stay, but for its report, which spoke of other engines. A build that fails or is
+    interrupted leaves the bundle as it was. Raises ExportError for a bundle of another target or
+    with files that no export wrote, for GPUs that can't be built for here, and where TensorRT
+    fails.
     """
     clock = Clock(progress or Silent())
     clock.stage("Check the files")
-    path = Path(os.path.normpath(request.bundle.absolute()))
+    path = Path(os.path.realpath(request.bundle))
     bundle = bundles.open_bundle(path, clock.detail)
+    if foreign := ownership.problem(path):
+        raise ExportError(foreign, "Move it away: `build` replaces a bundle as a whole.")
     manifest = bundle.manifest
     if manifest.target != TargetName.TENSORRT:
         raise ExportError(
@@ -53,15 +60,11 @@ def build(request: BuildRequest, progress: Progress | None = None) -> EngineProo
     options = Options(backend=plan.backend, compute_capabilities=plan.compute_capabilities or None)
     _check(options, plan.backend, recipe)
     clock.stage("Build the engines")
-    with bundles.staging(path) as folder:
-        shutil.copytree(
-            path,
-            folder,
-            symlinks=True,
-            ignore=_rewritten(path),
-            copy_function=_link,
-            dirs_exist_ok=True,
-        )
+    with publish.staging(path) as folder:
+        for name in manifest.files:
+            if PurePosixPath(name).parts[0] not in REWRITTEN:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(path / name, folder / name)
         tensorrt_build.write_plan(folder, plan)
         gpu = tensorrt.gpu_to_build_on(plan.backend)
         record = tensorrt_build.build(folder, clock.detail, engines=True, gpu=gpu)
@@ -76,7 +79,8 @@ def build(request: BuildRequest, progress: Progress | None = None) -> EngineProo
         found = proof.engines(bundles.open_bundle(folder), clock.detail)
         if found.passed:
             clock.stage("Publish")
-            bundles.publish(folder, path)
+            same = functools.partial(bundles.check_current, bundle)
+            publish.publish(folder, path, force=True, check=same)
     return found
 
 
@@ -122,20 +126,9 @@ def _check(options: Options, backend: Backend, recipe: Recipe) -> None:
         )
 
 
-def _rewritten(root: Path) -> Callable[[str, list[str]], set[str]]:
-    """What is not carried over: engines, plan, record, manifest and report."""
-    names = {PLAN, RECORD, bundles.MANIFEST, bundles.REPORT_FOLDER, "engines"}
-
-    def ignored(folder: str, entries: list[str]) -> set[str]:
-        return names & set(entries) if Path(folder) == root else set()
-
-    return ignored
-
-
-def _link(source: str, target: str) -> str:
+def _link(source: Path, target: Path) -> None:
     """A second name for a file that stays as it is; a copy where the system has no such thing."""
     try:
-        os.link(source, target, follow_symlinks=False)
+        os.link(source, target)
     except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-    return target
+        shutil.copy2(source, target)

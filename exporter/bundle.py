@@ -5,15 +5,9 @@ leaves the previous one as it was. `manifest.json` describes it and hashes every
 `report/` is not part of the artifact, differs from run to run, and is left out of the hashes.
 """
 
-import ctypes
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +20,9 @@ from .preprocess import Preprocessing, Strategy
 SCHEMA = 3
 MANIFEST = "manifest.json"
 REPORT_FOLDER = "report"
-ASIDE = ".old"
+REPORT_FILES = ("report.json", "report.html", "engines.json")
+"""All that is ever written into the report's folder."""
+
 VALIDATE_HINT = "Export it again: fastvlm-export --checkpoint DIR --target TARGET --out DIR"
 
 
@@ -75,6 +71,12 @@ class Manifest:
         """Sorted, indented, with a final newline: the same manifest is the same bytes."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
+    def is_text(self, text: str) -> bool:
+        """Whether this is the text of the manifest as it was written: with nothing edited in it."""
+        values = json.loads(text)
+        as_written = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        return text == as_written and values == json.loads(self.to_json())
+
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """Read `to_json`'s text. Raises ExportError when it says anything that it can't mean."""
@@ -107,7 +109,7 @@ class Manifest:
                 if not isinstance(value, str | int) or isinstance(value, bool):
                     raise TypeError(f"artifact's {key} is {value!r}, no text or whole number")
             return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ExportError(f"{MANIFEST} is damaged: {error!r}.", VALIDATE_HINT) from error
 
 
@@ -148,7 +150,8 @@ def files_of(folder: Path) -> dict[str, str]:
 def open_bundle(path: Path, progress: Callable[[str], None] = lambda _: None) -> Bundle:
     """Read the manifest and check every file against its hash.
 
-    Raises ExportError, naming all that is missing, changed, or points outside the folder.
+    Raises ExportError, naming all that is missing, changed, or points outside the folder; where
+    another export put its bundle there in the meantime, it says that instead.
     """
     if not (path / MANIFEST).is_file():
         raise ExportError(
@@ -159,137 +162,55 @@ def open_bundle(path: Path, progress: Callable[[str], None] = lambda _: None) ->
         text = (path / MANIFEST).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path / MANIFEST} cannot be read: {error}", VALIDATE_HINT) from error
-    manifest = Manifest.from_json(text)
-    problems = []
-    for name, expected in manifest.files.items():
-        progress(name)
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
-            problems.append(f"{name} points outside the bundle")
-        elif not (path / name).resolve().is_relative_to(path.resolve()):
-            problems.append(f"{name} is a link to a place outside the bundle")
-        elif not (path / name).is_file():
-            problems.append(f"{name} is missing")
-        elif sha256_of(path / name) != expected:
-            problems.append(f"{name} differs from the hash in {MANIFEST}")
-    if problems:
-        raise ExportError(f"{path} is damaged: {'; '.join(problems)}.", VALIDATE_HINT)
-    return Bundle(path=path, manifest=manifest)
+    bundle = Bundle(path=path, manifest=Manifest.from_json(text))
+    with reading(bundle):
+        problems = []
+        for name, expected in bundle.manifest.files.items():
+            progress(name)
+            if found := _problem(path, name, expected):
+                problems.append(f"{name} {found}")
+        if problems:
+            raise ExportError(f"{path} is damaged: {'; '.join(problems)}.", VALIDATE_HINT)
+    return bundle
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether an export wrote this folder: a bundle, or several side by side."""
-    return (folder / MANIFEST).is_file() or any(folder.glob(f"*/{MANIFEST}"))
+def _problem(path: Path, name: str, expected: str) -> str:
+    """What is wrong with a file of a bundle; empty where nothing is."""
+    parts = PurePosixPath(name).parts
+    if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
+        return "points outside the bundle"
+    if not (path / name).resolve().is_relative_to(path.resolve()):
+        return "is a link to a place outside the bundle"
+    if not (path / name).is_file():
+        return "is missing"
+    try:
+        return "" if sha256_of(path / name) == expected else f"differs from the hash in {MANIFEST}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
-def check_out(out: Path, *, force: bool) -> None:
-    """Refuse an output path that holds something, or that can't be written, before any work."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ExportError(f"{out} is not a folder.", "Choose another --out.")
-    if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise ExportError(
-                f"{out} exists and is not empty.",
-                "Choose another --out, or replace it with --force.",
-            )
-        # --force replaces what an export wrote, never a folder of something else.
-        if not is_ours(out):
-            raise ExportError(
-                f"{out} is not a bundle, and --force replaces bundles only.",
-                "Choose another --out, or remove that folder yourself.",
-            )
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ExportError(f"{parent} is not a writable folder.", "Choose another --out.")
+def check_current(bundle: Bundle) -> None:
+    """Raise ExportError where a bundle has been replaced or removed since it was opened."""
+    try:
+        same = Manifest.from_json((bundle.path / MANIFEST).read_text("utf-8")) == bundle.manifest
+    except (OSError, UnicodeDecodeError, ExportError):
+        same = False
+    if not same:
+        raise ExportError(
+            f"{bundle.path} was replaced or removed while it was being read.",
+            "Run the same command again.",
+        )
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, removed at exit if it was not published."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(parent, out.name)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=parent))
-    folder.chmod(0o755)  # mkdtemp's 0700 would follow the bundle to its final name
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def reading(bundle: Bundle) -> Iterator[None]:
+    """Within, whatever fails because the bundle was replaced is told as that.
 
-
-def _remove_abandoned(parent: Path, name: str) -> None:
-    """Remove staging folders whose process was killed; put back what it had moved aside."""
-    prefix = f".{name}."
-    for folder in sorted(parent.iterdir(), reverse=True):  # X.old before X
-        pid = folder.name.removeprefix(prefix).split(".")[0]
-        if not folder.name.startswith(prefix) or not pid.isdigit() or _alive(int(pid)):
-            continue
-        if folder.name.endswith(ASIDE) and not (parent / name).exists():
-            folder.rename(parent / name)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def publish(folder: Path, out: Path) -> None:
-    """Put a finished folder at `out` by one rename; what was there before is removed after it.
-
-    At any moment `out` is either the old folder or the new one, whole.
+    So is a replacement that nothing failed of: what was found is then not of this bundle alone.
     """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    if not out.exists():
-        folder.rename(out)
-    elif not any(out.iterdir()):
-        folder.replace(out)
-    else:
-        _exchange(folder, out)
-        shutil.rmtree(folder, ignore_errors=True)
-    _sync(out.absolute().parent)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that a power cut can't leave a name without its bytes."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders' names in one step where the system can, else in two renames."""
-    arguments = (os.fsencode(new), os.fsencode(old))
-    at_cwd = -100
-    result = -1
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if sys.platform == "linux":
-            result = libc.renameat2(at_cwd, arguments[0], at_cwd, arguments[1], 2)  # EXCHANGE
-        elif sys.platform == "darwin":
-            result = libc.renamex_np(*arguments, 2)  # RENAME_SWAP
-    except (AttributeError, OSError, TypeError):
-        result = -1  # no such call in this C library
-    if result == 0:
-        return
-    unsupported = (0, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-    if ctypes.get_errno() not in unsupported:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
-    aside = new.with_name(f"{new.name}{ASIDE}")
-    old.rename(aside)
-    new.rename(old)
-    aside.rename(new)
+        yield
+    except Exception:
+        check_current(bundle)
+        raise
+    check_current(bundle)

@@ -36,6 +36,7 @@ from .options import (
     Threads,
     capabilities,
 )
+from .signals import end_on_signals
 
 if TYPE_CHECKING:
     from .pipeline import Outcome
@@ -388,6 +389,7 @@ def list_targets(as_json: AsJson = False) -> None:
         _results.print(terminal.targets(rows))
 
 
+@end_on_signals()
 def main() -> None:
     """Run the command line: the one place where expected errors are caught."""
     try:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,13 +26,13 @@ from ..validate.proof import (
     pytorch_peer,
     run_original,
 )
-from ..validate.report import Example, Export, Folding, Report
+from ..validate.report import Example, Export, Folding, Report, check_report
 from ..validate.report import files_of as report_files
 from ..validate.rounding_floor import has_float_floor
 from ..validate.sessions import has_exact, not_timed, runtime
 from ..validate.stored import NOT_COMPARED, has_stored
 from . import bundle as bundles
-from . import doctor, prompt
+from . import doctor, ownership, prompt, publish
 from .bundle import Bundle, Manifest, Source
 from .checkpoint import Checkpoint
 from .clock import Clock
@@ -47,6 +46,8 @@ from .requests import (
     check_contract,
     check_layers,
     check_prompts,
+    inputs,
+    real_out,
 )
 from .samples import Sample, samples
 from .source import SourceRequest, contract, load_source, recorded_source
@@ -97,7 +98,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     """
     clock = Clock(progress or Silent())
     checked = check(request)
-    out = Path(os.path.normpath(request.out.absolute()))
+    out = real_out(request.out)
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
     check_layers(checked, checkpoint.config)
@@ -118,7 +119,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
             lambda: run_original(checkpoint, spec, images, clock, request.steps)
         ),
     )
-    with bundles.staging(out) as folder:
+    with publish.staging(out) as folder:
         several = len(checked.chosen) > 1
         places = {one.name: folder / one.name if several else folder for one in checked.chosen}
         reports: dict[str, Report] = {}
@@ -135,8 +136,9 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
             del quantized
             gc.collect()  # graph modules refer to themselves: the next group needs the memory
         clock.stage("Publish")
-        final = out if all(report.passed for report in reports.values()) else _failed(out)
-        bundles.publish(folder, final)
+        passed = all(report.passed for report in reports.values())
+        final = out if passed else _failed(out, inputs(request))
+        publish.publish(folder, final, force=request.force or not passed)
     return [
         Outcome(path=final / places[one.name].relative_to(folder), report=reports[one.name])
         for one in checked.chosen
@@ -191,6 +193,7 @@ def validate(
     clock = Clock(progress or Silent())
     clock.stage("Check the files")
     bundle = bundles.open_bundle(path, clock.detail)
+    check_report(path / bundles.REPORT_FOLDER)
     manifest = bundle.manifest
     clock.stage("Load the checkpoint")
     checkpoint = load_source(source or recorded_source(manifest))
@@ -211,9 +214,10 @@ def validate(
         reference = dataclasses.replace(reference, programs=lambda: again().programs)
     original = run_original(checkpoint, spec, shown, clock, steps)
     baseline = examine(reference, original, clock)
-    proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
-    record = quantized.record if quantized else None
-    report = _report(checkpoint, bundle, proof, shown, None, record, clock)
+    with bundles.reading(bundle):
+        proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
+        record = quantized.record if quantized else None
+        report = _report(checkpoint, bundle, proof, shown, None, record, clock)
     report.write(path / bundles.REPORT_FOLDER)
     return Outcome(path=path, report=report)
 
@@ -323,11 +327,19 @@ def _made_alike(manifest: Manifest) -> bool:
     return all(manifest.versions.get(name) == found for name, found in _versions().items())
 
 
-def _failed(out: Path) -> Path:
+def _failed(out: Path, inputs: Mapping[str, Path]) -> Path:
     """Where a folder goes whose proof failed: in the place of an earlier failed one, if any."""
+
+    def is_usable(place: Path) -> bool:
+        try:
+            ownership.check_out(place, force=True)
+            ownership.check_apart(place, inputs)
+        except ExportError:
+            return False
+        return True
+
     names = (f"{out.name}.failed{f'-{n}' if n else ''}" for n in itertools.count())
-    places = map(out.with_name, names)
-    return next(place for place in places if not place.exists() or bundles.is_ours(place))
+    return next(filter(is_usable, map(out.with_name, names)))
 
 
 def _report(

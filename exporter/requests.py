@@ -1,6 +1,7 @@
 """What `fastvlm-export` was asked for, and everything that can be wrong with it before any work."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..quantize.weights import layer_names, layer_widths
 from ..targets.base import DEFAULTS, Options, Target
 from ..validate.latency import Plan
 from ..validate.sessions import can_run
-from . import bundle as bundles
+from . import ownership
+from .checkpoint import BUNDLED_FOLDER
 from .config import FastVLMConfig
 from .errors import ExportError, raise_together
 from .model.fastvlm import FastVLM, build
@@ -119,10 +121,34 @@ def check(request: ExportRequest) -> Checked:
     )
     attempt(lambda: _refuse(chosen))
     attempt(read_calibration)
-    attempt(lambda: bundles.check_out(request.out, force=request.force))
+    attempt(lambda: ownership.check_out(real_out(request.out), force=request.force))
+    attempt(lambda: ownership.check_apart(real_out(request.out), inputs(request)))
     attempt(lambda: samples(request.images))
     raise_together(problems)
     return Checked(chosen=chosen, calibration=calibration)
+
+
+def real_out(out: Path) -> Path:
+    """An output as an absolute path without "..", which means what the system takes it for."""
+    if ".." not in out.parts:
+        return out.absolute()
+    if out.name == "..":
+        return Path(os.path.realpath(out))
+    return Path(os.path.realpath(out.parent)) / out.name
+
+
+def inputs(request: ExportRequest) -> dict[str, Path]:
+    """Everything of the user's that an export reads, each by the option that names it."""
+    found = {f"--image (no. {number})": path for number, path in enumerate(request.images, 1)}
+    if request.source.checkpoint is not None:
+        found["--checkpoint"] = request.source.checkpoint
+    elif request.source.random is None:
+        found["the bundled model"] = BUNDLED_FOLDER
+    if request.calibration is not None:
+        found["--calibration"] = request.calibration
+    if request.recipe.lower().endswith(recipe_file.SUFFIX):
+        found["--recipe"] = Path(request.recipe)
+    return found
 
 
 def check_layers(checked: Checked, config: FastVLMConfig) -> None:

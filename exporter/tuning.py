@@ -22,11 +22,13 @@ from ..validate import sensitivity_report as reports
 from ..validate.sensitivity import POSITIONS, prompts
 from ..validate.sensitivity_budget import Budget, parse_budget
 from ..validate.sensitivity_report import Sensitivity
+from . import ownership
 from .clock import Clock
 from .errors import ExportError, raise_together
 from .model.fastvlm import FastVLM
 from .progress import Progress, Silent
 from .reparameterize import reparameterize
+from .scratch import ScratchFolder
 from .source import SourceRequest, contract, load_source
 
 LARGE = 10**8
@@ -103,9 +105,10 @@ def sensitivity(request: SensitivityRequest, progress: Progress | None = None) -
             out = request.out or DEFAULT_OUT
             mixed, made = mixing.mix(options, measured, budget, asked, str(out), clock.detail)
             found = replace(found, mixed=mixed)
-            _write(out, recipe_file.write(made), "--out")
+            _write(out, recipe_file.write(made), "--out", force=request.force)
     if request.plot:
-        _write(request.plot, PLOTS[request.plot.suffix.lower()](found), "--plot")
+        plot = PLOTS[request.plot.suffix.lower()](found)
+        _write(request.plot, plot, "--plot", force=request.force)
     return found
 
 
@@ -171,6 +174,7 @@ def _check(request: SensitivityRequest) -> _Checked:
     ):
         if path:
             problems += _path_problems(option, path, suffixes, force=request.force)
+            problems += _input_problems(option, path, request)
     raise_together(problems)
     return _Checked(recipe=recipe, calibration=calibration, budget=budget)
 
@@ -189,8 +193,9 @@ def _path_problems(
         return [ExportError(f"{option} {path}: there is no folder {folder}.", f"mkdir -p {folder}")]
     if not os.access(folder, os.W_OK):
         return [ExportError(f"{folder} is not writable.", f"Choose another {option}.")]
-    if path.is_dir():
-        return [ExportError(f"{option} {path} is a folder.", f"Name a file with {option}.")]
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        kind = "link" if path.is_symlink() else "folder" if path.is_dir() else "device or a pipe"
+        return [ExportError(f"{option} {path} is a {kind}.", f"Name a file with {option}.")]
     if path.exists() and not force:
         return [
             ExportError(f"{path} exists.", f"Choose another {option}, or replace it with --force.")
@@ -214,9 +219,36 @@ def _check_layers(recipe: Recipe, model: FastVLM, *, with_budget: bool) -> None:
         raise ExportError("\n".join(found), hint)
 
 
-def _write(path: Path, text: str, option: str) -> None:
+def _input_problems(option: str, path: Path, request: SensitivityRequest) -> list[ExportError]:
+    """Whether a file that is written is one that is read, or lies among those."""
+    read = {"--checkpoint": request.source.checkpoint, "--calibration": request.calibration}
+    if request.recipe.lower().endswith(recipe_file.SUFFIX):
+        read["--recipe"] = Path(request.recipe)
+    inputs = {name: one for name, one in read.items() if one is not None}
     try:
-        path.write_text(text, "utf-8")
+        ownership.check_apart(path, inputs, option)
+    except ExportError as error:
+        return [error]
+    return []
+
+
+def _write(path: Path, text: str, option: str, *, force: bool) -> None:
+    """Write a file whole or not at all; with `force`, in the place of another one.
+
+    What took its place during the run is left alone, and the text is kept under another name.
+    """
+    try:
+        with ScratchFolder(path.absolute().parent) as folder:
+            written = folder / path.name
+            written.write_text(text, "utf-8")
+            if problems := _path_problems(option, path, (path.suffix.lower(),), force=force):
+                kept = ownership.free_name(path, "new")
+                written.rename(kept)
+                raise ExportError(
+                    f"{problems[0].message} It appeared during the run; the result is at {kept}.",
+                    problems[0].hint,
+                )
+            written.replace(path)
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written: {error.strerror}.", f"Choose another {option}."

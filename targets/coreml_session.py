@@ -1,11 +1,12 @@
 """The Core ML packages of a bundle as a session, whatever runs them; and Core ML as what does."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import platform
+import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
+from ..exporter.scratch import ScratchFolder
 from ..quantize.quiet import quiet_import
 from .base import Array, TokenIds, check_context
 from .coreml_model import (
@@ -50,6 +52,7 @@ _INTERFACE: Mapping[tuple[str, str], Mapping[str, int]] = {
     (DECODER, DECODE): {EMBEDS: 3, POSITION: 1},
 }
 """Package and function -> input -> rank."""
+_STAMP = re.compile("[0-9a-f]{16}")
 
 
 class CoreMLSession:
@@ -274,7 +277,21 @@ def compiled_folder(package: Path, compute_units: str) -> Path:
 
 def forget_compiled(package: Path, compute_units: str) -> None:
     """Make the next load on these units compile the package again."""
-    shutil.rmtree(compiled_folder(package, compute_units), ignore_errors=True)
+    folder = compiled_folder(package, compute_units)
+    _forget(folder)
+    with contextlib.suppress(OSError):  # it is not there, or something else is in it
+        folder.rmdir()
+
+
+def _forget(folder: Path, but: str = "") -> None:
+    """Remove what `compiled` put into a folder, by its names, and nothing beside it."""
+    for path in folder.glob("*/*.mlmodelc"):
+        stamp = path.parent
+        if _STAMP.fullmatch(stamp.name) and stamp.name != but and not stamp.is_symlink():
+            if not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # something else is in it
+                stamp.rmdir()
 
 
 def compiled(package: Path, compute_units: str) -> Path:
@@ -289,12 +306,10 @@ def compiled(package: Path, compute_units: str) -> Path:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with quiet_import():
         from coremltools.models.utils import compile_model  # noqa: PLC0415 - imports torch
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=kept.parent) as folder:
-        made = Path(compile_model(str(package), str(Path(folder) / path.name)))
+    with ScratchFolder(kept.parent) as folder:
+        made = Path(compile_model(str(package), str(folder / path.name)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        for other in kept.iterdir():
-            if other != path.parent:  # of files that are no longer there
-                shutil.rmtree(other, ignore_errors=True)
+        _forget(kept, but=path.parent.name)  # of files that are no longer there
         try:
             made.rename(path)  # whole or not at all: a killed run leaves nothing that looks right
         except OSError:

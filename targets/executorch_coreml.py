@@ -13,7 +13,6 @@ so the decoder has range shapes: it will not run on the Neural Engine; the stati
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..exporter.graphs import traced_inputs
+from ..exporter.scratch import ScratchFolder
 from ..exporter.spec import ExportSpec
 from ..quantize.quiet import quiet_import
 from . import coreml_graphs
@@ -64,8 +64,8 @@ def lower(
 ) -> Lowered:
     """The three methods of a recipe as Core ML takes it; `constants` answer without computing."""
     methods = _methods(spec, _image_shape(programs["vision"]))
-    with tempfile.TemporaryDirectory(prefix="fastvlm-executorch-") as name, torch.no_grad():
-        folders = {method: Path(name) / method for method in methods}
+    with ScratchFolder() as scratch, torch.no_grad():
+        folders = {method: scratch / method for method in methods}
         for method, function in _functions(programs, spec).items():
             _write(function, folders[method])
         with quiet_import(), quiet_copies():

@@ -9,11 +9,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 
+from ..exporter import child
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError, raise_together
 from ..exporter.tokenizer import read_tokenizer
@@ -93,8 +93,7 @@ def _probe(
     job = {"program": str(program), "weights": str(weights) if weights else None}
     try:
         done = subprocess.run(  # noqa: S603 - our own module in our own interpreter
-            # -P: a file in the current folder must not stand in for a module.
-            [sys.executable, "-P", "-m", PROBE],
+            child.command(PROBE),
             input=json.dumps(job | {"runs": json.loads(runs)}) + "\n",
             capture_output=True,
             text=True,

@@ -3,12 +3,12 @@
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ..exporter import child
 from ..exporter.bundle import sha256_of
 from ..exporter.errors import ExportError
 from . import tensorrt_package as packages
@@ -110,9 +110,8 @@ def run(
     """
     job = {"folder": str(folder.absolute()), "graph": graph, "build": build}
     with tempfile.TemporaryFile() as stderr:
-        # -P: a file in the current folder must not stand in for a module.
         process = subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
-            [sys.executable, "-P", "-m", WORKER],
+            child.command(WORKER),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

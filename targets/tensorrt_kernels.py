@@ -8,17 +8,19 @@ The files are in the user's cache folder, not in the bundle, whose files are has
 import contextlib
 import hashlib
 import os
+import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..exporter.bundle import Bundle
+from ..exporter.scratch import ScratchFolder
 from .tensorrt_device import Gpu
 from .tensorrt_package import Backend
 from .tensorrt_plan import Plan
 
 SUFFIX = ".kernels"
+_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.kernels")
 MOST_FILES = 48
 """Of all bundles together; the files that were longest unused go first."""
 
@@ -79,7 +81,7 @@ def forget(bundle: Bundle, plan: Plan) -> bool:
     try:
         for found in hashes.values():
             for file in folder().glob(f"{found}-*{SUFFIX}"):
-                file.unlink(missing_ok=True)
+                _remove(file)
     except UNUSABLE:
         return False
     return bool(hashes)
@@ -100,9 +102,15 @@ def _engine_hashes(bundle: Bundle, plan: Plan) -> dict[str, str]:
 def _write(path: Path, data: bytes) -> None:
     """Put the file there by one rename, and make room."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)
+    with ScratchFolder(path.parent) as folder:
+        (folder / path.name).write_bytes(data)
+        (folder / path.name).replace(path)
     files = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda one: one.stat().st_mtime)
     for old in files[:-MOST_FILES]:
-        old.unlink(missing_ok=True)
+        _remove(old)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file that has one of our names, and no other."""
+    if _NAME.fullmatch(file.name):
+        file.unlink(missing_ok=True)

@@ -1,11 +1,10 @@
 """What a Core ML delegate of an ExecuTorch program computes, in FLOPs: see `delegation`."""
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..exporter.scratch import ScratchFolder
 from ..targets.coreml_model import MAIN
 from ..targets.executorch_coreml_payload import PACKAGE, unpack
 from .mil.errors import damaged, foreign
@@ -32,9 +31,9 @@ def coreml_operators(delegate: "Delegate", longest: int) -> Iterator[tuple[str, 
 
     Sizes that only a run tells are taken as `longest`. Raises ExportError for a damaged payload.
     """
-    with tempfile.TemporaryDirectory(prefix="fastvlm-placement-") as name:
-        unpack(delegate.processed, Path(name), f"{delegate.file.source}, a Core ML delegate,")
-        package = Package(Path(name) / PACKAGE)
+    with ScratchFolder() as scratch:
+        unpack(delegate.processed, scratch, f"{delegate.file.source}, a Core ML delegate,")
+        package = Package(scratch / PACKAGE)
         function = package.spec.mlProgram.functions.get(MAIN)
         if function is None:
             raise foreign(package.path, f"has no function '{MAIN}'")

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..exporter.errors import ExportError
 from ..exporter.preprocess import preprocess
 from ..exporter.prompt import IMAGE_TOKEN, prompt_ids, qwen_2_prompt
 from ..exporter.samples import Sample
+from ..exporter.scratch import ScratchFolder
 from ..exporter.tokenizer import read_tokenizer
 from ..targets.executorch_model import PROGRAM, WEIGHTS, Backend
 from . import adb
@@ -86,8 +86,8 @@ def run_on(
             f"{runner} is built for {program}; {facts.serial} runs {', '.join(facts.abis)}.",
             BUILD_HINT,
         )
-    with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as folder:
-        files = write_inputs(bundle, sample, plan, Path(folder))
+    with ScratchFolder() as folder:
+        files = write_inputs(bundle, sample, plan, folder)
         files |= {name: bundle.path / name for name in _programs(bundle)}
         files[RUNNER] = Path(str(runner))
         _check_room(device, files)

@@ -7,7 +7,6 @@ and must not see what an earlier one left.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.export import ExportedProgram
 
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
+from ..exporter.scratch import ScratchFolder
 from ..targets import coreml_decoder, executorch_file
 from ..targets.base import Array, TokenIds, check_context
 from ..targets.coreml_model import MAIN
@@ -58,7 +58,7 @@ class CoreMLPackages:
     def __init__(self, bundle: Bundle) -> None:
         program, weights = bundle.path / PROGRAM, bundle.path / WEIGHTS
         file = executorch_file.read(program, weights if weights.is_file() else None)
-        self._folder = tempfile.TemporaryDirectory(prefix="fastvlm-coreml-")
+        self._folder = ScratchFolder()
         self.paths: dict[str, Path] = {}
         self.metadata: dict[str, Mapping[str, Any]] = {}
         for name, arguments in _ARGUMENTS.items():
@@ -66,7 +66,7 @@ class CoreMLPackages:
                 raise ExportError(f"{program} has no method '{name}'.", EXPORT_HINT)
             where = f"{program}, method '{name}',"
             delegate = _only_delegate(file.methods[name], arguments, where)
-            folder = Path(self._folder.name) / name
+            folder = self._folder.path / name
             folder.mkdir()
             unpack(delegate.processed, folder, where)
             self.paths[name] = folder / PACKAGE

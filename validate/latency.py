@@ -13,7 +13,6 @@ its imports.
 """
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from ..exporter.errors import ExportError
+from ..exporter.scratch import ScratchFolder
 from . import machine
 from .latency_process import WorkerProcess, start
 from .machine import Machine
@@ -248,8 +248,8 @@ def measure(
     threads = machine_now.cores  # what every target's session uses
     with ExitStack() as stack:
         if isinstance(image, Image.Image):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastvlm-bench-"))
-            path = Path(folder) / "image.png"
+            folder = stack.enter_context(ScratchFolder())
+            path = folder / "image.png"
             image.save(path)
         else:
             path = image

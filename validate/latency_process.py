@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+from ..exporter import child
 from ..exporter.errors import ExportError
 from ..targets.executorch_proof import EXPENDABLE
 
@@ -23,9 +23,8 @@ class WorkerProcess:
         self.name: str = job["name"]
         self.setting = ""
         self.stderr = stderr
-        # -P: a file in the current folder must not stand in for a module.
         self.process = subprocess.Popen(  # noqa: S603 - our own module in our own interpreter
-            [sys.executable, "-P", "-m", WORKER],
+            child.command(WORKER),
             env={**os.environ, EXPENDABLE: "1"},  # where it dies, `ask` says so
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

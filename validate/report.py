@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..exporter.errors import ExportError
 from . import machine
 from .checks import Check
 from .formats import number, plain
@@ -228,13 +230,49 @@ class Report:
         return render(self)
 
     def write(self, folder: Path) -> None:
-        """Write report.json and report.html into `folder`, which is made where it is not there."""
+        """Write report.json and report.html into `folder`, which is made where it is not there.
+
+        Nothing else in the folder is touched. Raises ExportError, see `check_report`.
+        """
+        check_report(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((JSON_FILE, self.to_json()), (HTML_FILE, self.to_html())):
             # Whole or not at all, where a bundle's earlier report is replaced.
-            unfinished = folder / f".{name}.{os.getpid()}"
-            unfinished.write_text(text, "utf-8")
-            unfinished.replace(folder / name)
+            unfinished = folder / f".{name}.{secrets.token_hex(16)}"
+            try:
+                with unfinished.open("x", encoding="utf-8") as file:
+                    file.write(text)
+                unfinished.replace(folder / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
+def check_report(folder: Path) -> None:
+    """Raise ExportError where a report can't be written into this folder.
+
+    That is where it may not be written to, or where something other than an earlier report's file,
+    such as a link, has the name of one.
+    """
+    files = [folder / name for name in (JSON_FILE, HTML_FILE)]
+    odd = [path for path in files if os.path.lexists(path) and not is_plain_file(path)]
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        odd = [folder]
+    if odd:
+        raise ExportError(
+            f"{' and '.join(map(str, odd))} cannot be replaced by a report: no export wrote it.",
+            "Move it away and run again.",
+        )
+    place = folder if folder.exists() else folder.parent
+    if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+        raise ExportError(
+            f"{place} is not writable, and the report goes there.",
+            "Make it writable, or copy the bundle and run the command on the copy.",
+        )
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether this is a file itself, not a link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _without_rounding(exact: ParityResult) -> str:

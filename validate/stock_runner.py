@@ -7,16 +7,15 @@ since it aborts where it is not content; prints there what it generates, and its
 import io
 import json
 import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from ..exporter import child
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
+from ..exporter.scratch import ScratchFolder
 from ..targets.base import Array
 from ..targets.executorch_model import EXPORT_HINT, PROGRAM, WEIGHTS
 from .runner_stats import RunnerStats, parse
@@ -50,8 +49,8 @@ def answers(
 
     Raises ExportError where the runner fails or ends.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        pixels = Path(folder) / "pixels.npz"
+    with ScratchFolder() as folder:
+        pixels = folder / "pixels.npz"
         arrays: dict[str, Array] = {}
         job: dict[str, object] = {
             "program": str(bundle.path / PROGRAM),
@@ -87,8 +86,7 @@ def _run(job: dict[str, object], name: str, seconds: float) -> list[Answer]:
     hint = f"See whether our own session runs it: fastvlm-export validate {name}"
     try:
         done = subprocess.run(  # noqa: S603 - our own module in our own interpreter
-            # -P: a file in the current folder must not stand in for a module.
-            [sys.executable, "-P", "-m", WORKER],
+            child.command(WORKER),
             input=json.dumps(job) + "\n",
             capture_output=True,
             encoding="utf-8",

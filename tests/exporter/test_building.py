@@ -40,7 +40,6 @@ def contents(folder: Path) -> dict[str, str]:
 def test_engines_for_other_gpus_take_the_place_of_the_old_ones(bundle: Path, run: Run) -> None:
     (bundle / "report").mkdir(exist_ok=True)
     (bundle / "report" / "report.html").write_text("of the engines before")
-    (bundle / "notes.txt").write_text("the user's own")
     before = (bundle / onnx_file("decoder")).stat().st_ino
     result = run("build", bundle, "--compute-capability", "8.9,sm_86", "--json", "--quiet")
     assert result.code == 0, result.err
@@ -51,16 +50,64 @@ def test_engines_for_other_gpus_take_the_place_of_the_old_ones(bundle: Path, run
     assert opened.manifest.artifact["compute_capabilities"] == "86,89"
     assert read_plan(bundle).compute_capabilities == ("86", "89")
     assert read_record(bundle).compute_capabilities == ("86", "89")
-    assert (bundle / "notes.txt").read_text() == "the user's own"
     assert not (bundle / "report" / "report.html").exists()  # it spoke of other engines
     assert (bundle / onnx_file("decoder")).stat().st_ino == before  # not copied
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "onnx/notes.txt", "report/notes.txt"])
+def test_a_bundle_that_somebody_added_to_is_not_replaced(name: str, bundle: Path, run: Run) -> None:
+    (bundle / name).write_text("the user's own")
+    before = contents(bundle)
+    bad(run("build", bundle, "--quiet"), name, "Move it away")
+    assert contents(bundle) == before
+
+
+def test_what_is_added_to_a_bundle_during_the_build_is_left_alone(
+    bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(bundle)
+
+    def late(*given: Any, **named: Any) -> Any:
+        (bundle / "notes.txt").write_text("the user's own")
+        return real(*given, **named)
+
+    real = tensorrt_build.run
+    monkeypatch.setattr(tensorrt_build, "run", late)
+    bad(run("build", bundle, "--quiet"), "notes.txt", f"{bundle}.new")
+    (bundle / "notes.txt").unlink()
+    assert contents(bundle) == before
+    open_bundle(bundle.with_name("bundle.new"))
+
+
+def test_a_bundle_that_was_replaced_during_the_build_is_left_alone(
+    bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines are of the graphs that were there before."""
+
+    def late(*given: Any, **named: Any) -> Any:
+        toys.sealed(bundle, image_tokens=5)
+        return real(*given, **named)
+
+    real = tensorrt_build.run
+    monkeypatch.setattr(tensorrt_build, "run", late)
+    bad(run("build", bundle, "--quiet"), "replaced", f"{bundle}.new")
+    assert open_bundle(bundle).manifest.image_tokens == 5
+    open_bundle(bundle.with_name("bundle.new"))
+
+
+def test_a_bundle_behind_a_link_is_built(bundle: Path, run: Run) -> None:
+    bundle.with_name("link").symlink_to(bundle)
+    assert run("build", bundle.with_name("link"), "--quiet").code == 0
+    assert bundle.with_name("link").is_symlink()
+    open_bundle(bundle)
 
 
 def test_by_the_same_plan_the_same_engines_come_out(bundle: Path, run: Run) -> None:
     before = contents(bundle)
     for name in ("vision", "embedding", "decoder"):
         (bundle / engine_file(name)).unlink()
+    (bundle / "engines").rmdir()
     toys.sealed(bundle)
     result = run("build", bundle)
     assert result.code == 0

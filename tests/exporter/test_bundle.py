@@ -1,49 +1,14 @@
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from fastvlm_export.exporter import bundle as bundles
-from fastvlm_export.exporter.bundle import Manifest, Source, open_bundle, publish, staging
+from fastvlm_export.exporter.bundle import check_current, open_bundle, reading
 from fastvlm_export.exporter.errors import ExportError
-from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
-from fastvlm_export.quantize import recipes
 
-
-def write(folder: Path, content: str = "weights") -> Manifest:
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "graph.onnx").write_text(content)
-    (folder / "config.json").write_text("{}")
-    manifest = Manifest(
-        schema=bundles.SCHEMA,
-        source=Source(name="x", layout="apple", sha256="00"),
-        target="onnx",
-        recipe=recipes.get("fp32").to_dict(),
-        quantization={},
-        resolution=256,
-        context=512,
-        image_tokens=16,
-        preprocessing=Preprocessing(strategy=Strategy.PAD, resolution=256),
-        prompt_template="qwen_2",
-        image_token="<image>",  # noqa: S106 - not a secret
-        image_token_id=7,
-        eos_token_ids=(2, 3),
-        model={"layers": 2},
-        graphs={"vision": {"inputs": {"pixel_values": "float32[1,3,256,256]"}}},
-        versions={"torch": "2.13"},
-        files=bundles.files_of(folder),
-    )
-    (folder / "manifest.json").write_text(manifest.to_json())
-    return manifest
-
-
-def names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+from .bundles import made, write
 
 
 def test_a_bundle_opens_as_it_was_written(tmp_path: Path) -> None:
@@ -166,99 +131,35 @@ def test_a_manifest_that_is_no_object(tmp_path: Path, text: str) -> None:
         open_bundle(tmp_path)
 
 
-def test_publishing_replaces_the_old_bundle_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for content in ("one", "two", "three"):
-        with staging(out) as folder:
-            write(folder, content)
-            publish(folder, out)
-        assert (out / "onnx" / "graph.onnx").read_text() == content
-        assert names(tmp_path) == ["out"]
+def test_a_reader_is_told_of_a_replacement_and_not_of_damage(tmp_path: Path) -> None:
+    """Read the old manifest, then meet the new bundle's files."""
+    out, new = made(tmp_path / "out", "old"), made(tmp_path / "new", "new")
 
+    def replaced(name: str) -> None:
+        if name == "onnx/graph.onnx":
+            out.rename(tmp_path / "old")
+            new.rename(out)
 
-def test_a_failed_run_leaves_the_old_bundle(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    write(out, "old")
-
-    def fails() -> None:
-        with staging(out) as folder:
-            write(folder, "new")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fails()
+    with pytest.raises(ExportError) as caught:
+        open_bundle(out, replaced)
+    assert "was replaced or removed while it was being read" in caught.value.message
+    assert "damaged" not in caught.value.message
     open_bundle(out)
-    assert (out / "onnx" / "graph.onnx").read_text() == "old"
-    assert names(tmp_path) == ["out"]
 
 
-REPUBLISH = """
-import signal, sys
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-from fastvlm_export.exporter.bundle import publish, staging
-out = Path(sys.argv[1])
-print("ready", flush=True)
-while True:
-    with staging(out) as folder:
-        for i in range(20):
-            (folder / f"{i}").write_text("x")
-        publish(folder, out)
-"""
+def test_a_bundle_that_goes_while_it_is_read_is_not_damaged(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+    with pytest.raises(ExportError, match="was replaced or removed"):
+        open_bundle(out, lambda _: out.rename(tmp_path / "gone") if out.exists() else None)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_at_any_moment_a_whole_bundle_is_there(tmp_path: Path, kill: signal.Signals) -> None:
-    out = tmp_path / "out"
-    for attempt in range(6):
-        child = subprocess.Popen(
-            [sys.executable, "-c", REPUBLISH, str(out)], stdout=subprocess.PIPE, stderr=-3
-        )
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(0.05 + 0.013 * attempt)
-        child.send_signal(kill)
-        child.wait()
-        if out.exists():
-            assert len(names(out)) == 20
-    with staging(out) as folder:
-        (folder / "new").write_text("x")
-        publish(folder, out)
-    assert names(tmp_path) == ["out"]  # what killed runs left behind is gone
-    assert names(out) == ["new"]
-
-
-def test_where_names_cannot_be_swapped_two_renames_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "platform", "elsewhere")
-    out = tmp_path / "out"
-    for content in ("one", "two"):
-        with staging(out) as folder:
-            write(folder, content)
-            publish(folder, out)
-    assert (out / "onnx" / "graph.onnx").read_text() == "two"
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_bundle_moved_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    aside = tmp_path / f".out.{dead.pid}.abc.old"
-    aside.mkdir()
-    (aside / "kept").write_text("x")
-    (tmp_path / f".out.{dead.pid}.abc").mkdir()
-    with staging(tmp_path / "out"):
-        assert names(tmp_path / "out") == ["kept"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_an_output_that_is_something_else_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").write_text("x")
-    with pytest.raises(ExportError, match="not empty"):
-        bundles.check_out(tmp_path, force=False)
-    with pytest.raises(ExportError, match="not a bundle"):
-        bundles.check_out(tmp_path, force=True)
-    with pytest.raises(ExportError, match="not a folder"):
-        bundles.check_out(tmp_path / "photo.jpg", force=True)
+def test_what_fails_in_a_bundle_that_was_replaced_is_told_as_that(tmp_path: Path) -> None:
+    bundle = open_bundle(made(tmp_path / "out", "old"))
+    with pytest.raises(RuntimeError, match="of its own"), reading(bundle):
+        raise RuntimeError("of its own")
+    check_current(bundle)
+    write(bundle.path, "new")
+    with pytest.raises(ExportError, match="was replaced"), reading(bundle):
+        raise RuntimeError("a graph that does not fit its weights")
+    with pytest.raises(ExportError, match="was replaced"), reading(bundle):
+        pass
