@@ -1,7 +1,9 @@
 """The ONNX bundle in ONNX Runtime on the CPU: no copy of the cache, no allocation per token."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,17 +20,30 @@ _TYPES: Mapping[str, type[np.floating[Any]]] = {
 }
 """ONNX Runtime's names of the types that a cache may have."""
 
+_SILENT = 4
+"""Log only what ends the process: every error is raised, too, and logged in red besides."""
+
+_STATUS = re.compile(
+    r"(\[ONNXRuntimeError\] : \d+ : \w+ : |Error in execution: )?"
+    r"(Non-zero status code returned while running (?P<operator>\w+) node\. "
+    r"Name:'(?P<node>[^']*)' Status Message: )?"
+)
+"""What ONNX Runtime writes before a cause."""
+
 
 class OnnxSession:
     """Vision, embedding and decoder graphs, batch 1. See `Session`.
 
     Arrays are float32 whatever the recipe; only the cache has the decoder's own type.
     Keys and values lie in buffers of the whole context that are bound as past and as present at
-    once, so that GroupQueryAttention appends in place.
+    once, so that GroupQueryAttention appends in place. A graph that cannot be loaded or run raises
+    ExportError.
     """
 
+    target = "onnx"
+
     def __init__(self, paths: Mapping[str, Path], context: int, load: "Load | None" = None) -> None:
-        self.context = context
+        self.context, self._paths = context, paths
         load = load or load_graph
         # Side by side: ONNX Runtime loads and packs the weights of one graph on one thread.
         with ThreadPoolExecutor() as pool:
@@ -58,12 +73,14 @@ class OnnxSession:
 
     def encode_image(self, pixels: Array) -> Array:
         """Pixels [1,3,R,R] -> [1,N,D]."""
-        out: Array = self.vision.run(None, {"pixel_values": pixels})[0]
+        with self._failures("vision"):
+            out: Array = self.vision.run(None, {"pixel_values": pixels})[0]
         return out
 
     def embed(self, input_ids: TokenIds) -> Array:
         """Token ids [1,S] -> [1,S,D]."""
-        out: Array = self.embedding.run(None, {"input_ids": input_ids})[0]
+        with self._failures("embedding"):
+            out: Array = self.embedding.run(None, {"input_ids": input_ids})[0]
         return out
 
     def decode(self, inputs_embeds: Array) -> Array:
@@ -73,13 +90,39 @@ class OnnxSession:
         embeds = np.ascontiguousarray(inputs_embeds)
         _bind_input(self._binding, "inputs_embeds", embeds)
         _bind_input(self._binding, "attention_mask", self._mask[:, : self.past + new])
-        self.decoder.run_with_iobinding(self._binding)
+        with self._failures("decoder"):
+            self.decoder.run_with_iobinding(self._binding)
         self.past += new
         return self._logits[:, 0].copy()
 
     def reset(self) -> None:
         """Empty the cache."""
         self.past = 0
+
+    @contextmanager
+    def _failures(self, graph: str) -> Iterator[None]:
+        """Whatever ONNX Runtime raises while it runs the graph, as one ExportError."""
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's classes share no other base
+            raise ExportError(
+                f"{self._paths[graph]} cannot be run by ONNX Runtime {ort.__version__}: "
+                f"{cause(error)}",
+                f"Export it again: {_again(self.target)}",
+            ) from error
+
+
+def cause(error: Exception) -> str:
+    """The first line of ONNX Runtime's error without its codes, behind the operator it is about."""
+
+    def named(found: re.Match[str]) -> str:
+        return f"{found['operator']} ('{found['node']}'): " if found["operator"] else ""
+
+    return _STATUS.sub(named, str(error).strip().partition("\n")[0], count=1)
+
+
+def _again(target: str) -> str:
+    return f"fastvlm-export --target {target} --out DIR --force"
 
 
 class Load(Protocol):
@@ -96,11 +139,11 @@ def load_graph(path: Path, *, intra_op_threads: int | None = None) -> ort.Infere
 
 
 def session_options(intra_op_threads: int | None) -> ort.SessionOptions:
-    """Every optimization on, no warnings. None: a thread for each core."""
+    """Every optimization on, nothing logged. None: a thread for each core."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = intra_op_threads or available_cores()
-    options.log_severity_level = 3
+    options.log_severity_level = _SILENT
     return options
 
 
@@ -115,8 +158,8 @@ def load_model(
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's classes share no other base
         raise ExportError(
-            f"{path} cannot be loaded by ONNX Runtime: {error}",
-            f"Export it again: fastvlm-export --target {target} --out DIR --force",
+            f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {cause(error)}",
+            f"Export it again: {_again(target)}",
         ) from error
 
 

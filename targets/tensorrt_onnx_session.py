@@ -29,6 +29,8 @@ class TensorRTOnnxSession(OnnxSession):
     `exact`: nothing is rounded, see `tensorrt_onnx_float.unrounded`.
     """
 
+    target = "tensorrt"
+
     def __init__(self, bundle: Bundle, *, exact: bool = False) -> None:
         paths = {name: bundle.path / onnx_file(name) for name in GRAPHS}
         super().__init__(paths, context=bundle.manifest.context, load=partial(load, exact=exact))

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..exporter import checkpoint as checkpoints
 from ..exporter.bundle import Bundle, Manifest
 from ..exporter.checkpoint import Checkpoint
 from ..exporter.clock import Clock
+from ..exporter.errors import ExportError
 from ..exporter.preprocess import preprocess
 from ..exporter.prompt import prompt_ids
 from ..exporter.samples import Sample
@@ -265,6 +268,7 @@ def prove(
     built = _engines(bundle, clock) if has_engines(bundle) else None
     clock.stage("Open the bundle")
     candidate = open_session(bundle)
+    _try_out(candidate)
     tokenizer = read_tokenizer(bundle.path)
     clock.stage("Check parity with PyTorch")
     cases = [_case(sample, bundle.manifest, tokenizer) for sample in images]
@@ -301,6 +305,21 @@ def prove(
         placement=placement,
         engines=built,
     )
+
+
+def _try_out(candidate: Session) -> None:
+    """Run one token: an artifact that cannot run is one error, not a comparison that failed.
+
+    Raises the session's own ExportError. Anything else is left to the comparison, which says what
+    stage it breaks.
+    """
+    try:
+        candidate.decode(candidate.embed(np.zeros((1, 1), dtype=np.int64)))
+        candidate.reset()
+    except ExportError:
+        raise
+    except Exception:  # noqa: S110 - see above
+        pass
 
 
 def _engines(bundle: Bundle, clock: Clock) -> EngineProof:

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import load
 
 from fastvlm_export.exporter.bundle import sha256_of
 from fastvlm_export.exporter.errors import ExportError
-from fastvlm_export.targets import onnx
+from fastvlm_export.targets import onnx, onnx_session
 from fastvlm_export.targets.base import Artifact, available_cores
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.onnx_session import OnnxSession
@@ -190,3 +191,48 @@ def test_availability_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_threads_stay_within_the_cores_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     assert available_cores() == 1
+
+
+def test_an_operator_that_refuses_is_one_clear_error(small, tmp_path, capfd) -> None:
+    """What the fused attention says of a head size it does not take, and nothing in red."""
+    folder = shutil.copytree(small.folder, tmp_path / "bundle")
+    path = folder / small.paths["decoder"].relative_to(small.folder)
+    model = load(path)
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            (heads,) = (a for a in node.attribute if a.name == "num_heads")
+            heads.i = 8  # half as wide: no multiple of 16 any more
+    path.write_bytes(model.SerializeToString())
+    opened = onnx.open(bundle_of(folder, small.spec.context))
+    with pytest.raises(ExportError) as raised:
+        opened.decode(np.zeros((1, 1, 64), np.float32))
+    assert "\n" not in raised.value.message
+    assert raised.value.message.startswith(
+        f"{path} cannot be run by ONNX Runtime {ort.__version__}: GroupQ"
+    )
+    assert "ONNXRuntimeError" not in raised.value.message
+    assert raised.value.hint == "Export it again: fastvlm-export --target onnx --out DIR --force"
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("[ONNXRuntimeError] : 1 : FAIL : Fatal error: a", "Fatal error: a"),
+        (
+            "Error in execution: Non-zero status code returned while running Pad node. "
+            "Name:'Pad_3' Status Message: too small\nstack",
+            "Pad ('Pad_3'): too small",
+        ),
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while "
+            "running Pad node. Name:'' Status Message: b",
+            "Pad (''): b",
+        ),
+        ("anything else\nand more", "anything else"),
+        ("", ""),
+    ],
+)
+def test_a_cause_is_one_line_without_codes(said, cause) -> None:
+    assert onnx_session.cause(RuntimeError(said)) == cause

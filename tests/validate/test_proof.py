@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastvlm_export.exporter.clock import Clock
+from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.preprocess import Preprocessing, Strategy
 from fastvlm_export.exporter.progress import Silent
 from fastvlm_export.exporter.samples import Sample
@@ -214,6 +215,33 @@ def test_a_model_that_gives_nan_fails_with_a_report_instead_of_an_error(asked, m
     found = prove(examine(reference(asked)), broken, monkeypatch)
     assert not found.parity.passed
     assert found.accuracy is None
+
+
+def test_an_artifact_that_cannot_run_is_one_error_and_no_comparison(watched, monkeypatch):
+    def refuse(_):
+        raise ExportError("The decoder cannot be run.", "Export it again.")
+
+    def opened():
+        return Altered(EagerSession(tiny_model(), CONTEXT), decode=refuse)
+
+    baseline = examine(reference(watched))
+    compared = []
+    monkeypatch.setattr(proof.parity, "compare", lambda *_: compared.append(1))
+    with pytest.raises(ExportError, match="cannot be run"):
+        prove(baseline, opened, monkeypatch)
+    assert not compared
+
+
+def test_a_session_that_breaks_otherwise_is_compared_and_the_stage_says_why(watched, monkeypatch):
+    def break_down(_):
+        raise RuntimeError("no such thing")
+
+    def opened():
+        return Altered(EagerSession(tiny_model(), CONTEXT), decode=break_down)
+
+    found = prove(examine(reference(watched)), opened, monkeypatch)
+    assert not found.parity.passed
+    assert "no such thing" in str(found.parity.to_dict())
 
 
 HALF = replace(INT8, float_format=Float.FP16)
