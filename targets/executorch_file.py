@@ -8,16 +8,12 @@ checked, and what is wrong is one ExportError.
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..exporter.errors import ExportError
 from .executorch_flatbuffer import DamagedError, Schema, Table, installed_schema, read_table
 from .executorch_layout import cut, damage_named, item, layout, mapped, named_weights
-from .executorch_model import EXPORT_HINT
-
-Numbers = tuple[int, ...]
+from .executorch_types import Call, Delegate, Method, PteFile, Segment, Tensor
 
 _ITEM_BYTES = {
     **dict.fromkeys(("uint8", "int8", "bool", "float8e5m2", "float8e4m3fn"), 1),
@@ -38,128 +34,7 @@ _DTYPES = {
 """ScalarType's names where they are not the type's own in lower case."""
 _LISTS = ("TensorList", "OptionalTensorList", "IntList")
 """Lists whose items are other values' numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """A tensor of a method. `sizes` are the largest where `dynamic`; `dtype` is NumPy's name.
-
-    `data` is what the file holds for it: a constant's numbers, or a buffer's first ones.
-    """
-
-    dtype: str
-    sizes: Numbers
-    dim_order: Numbers
-    dynamic: bool
-    name: str = ""
-    data: memoryview | None = field(default=None, repr=False)
-
-    @property
-    def shape(self) -> str:
-        """`float32[1,3,256,256]`, and `<=` before the sizes that are only bounds."""
-        bound = "<=" if self.dynamic else ""
-        return f"{self.dtype}[{','.join(f'{bound}{size}' for size in self.sizes)}]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One operator that is run outside of any delegate: its arguments, the outputs behind them.
-
-    An argument is a Tensor, a number, a text, None, or a tuple of these.
-    """
-
-    operator: str
-    args: tuple[Any, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delegate:
-    """A part of a method that a backend runs; `tensors` are its inputs, then its outputs."""
-
-    backend: str
-    tensors: tuple[Any, ...]
-    compile_specs: Mapping[str, bytes]
-    processed: memoryview = field(repr=False)
-    file: "PteFile" = field(repr=False, compare=False)
-
-    def payload(self) -> bytes:
-        """What the backend's compiler wrote."""
-        return bytes(self.processed)
-
-    @property
-    def processed_bytes(self) -> int:
-        """Size of the payload; its named data are not in it."""
-        return len(self.processed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """An entry point: `inputs` and `outputs` are Tensors, or numbers where they are fixed.
-
-    `steps` are its calls and delegates in the order that they run in.
-    """
-
-    name: str
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
-    steps: tuple[Call | Delegate, ...]
-    constants: tuple[Tensor, ...]
-    """Tensors whose numbers the file holds and nothing writes."""
-    buffers: tuple[Tensor, ...]
-    """Tensors that keep their numbers from run to run: the cache."""
-    planned_bytes: Numbers
-    """Memory that the runtime sets aside for its other tensors."""
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """The operators that no backend runs, in order."""
-        return tuple(step for step in self.steps if isinstance(step, Call))
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Their names, `aten::add.out`."""
-        return tuple(call.operator for call in self.calls)
-
-    @property
-    def delegates(self) -> tuple[Delegate, ...]:
-        """The parts that backends run, in order."""
-        return tuple(step for step in self.steps if isinstance(step, Delegate))
-
-
-class Segment(NamedTuple):
-    """A range of bytes behind the program; `offset` counts from the first segment's place."""
-
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PteFile:
-    """An opened program. Its views stay valid as long as any of them is kept."""
-
-    source: str
-    methods: Mapping[str, Method]
-    """The methods that compute something."""
-    constant_methods: Mapping[str, tuple[Any, ...]]
-    """Methods without inputs -> the values that they always return."""
-    named: Mapping[str, memoryview] = field(repr=False)
-    """Key -> bytes: what delegates, and tensors outside of the program, look up by name."""
-    segments: tuple[Segment, ...] = field(repr=False)
-    program_bytes: int
-    total_bytes: int
-
-    def named_data(self, key: str) -> memoryview:
-        """The bytes of a key, in the program or in the weight file. Raises ExportError."""
-        try:
-            return self.named[key]
-        except KeyError:
-            raise ExportError(f"{self.source} has no data named '{key}'.", EXPORT_HINT) from None
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """The backends that its delegates need, each once."""
-        found = (one.backend for method in self.methods.values() for one in method.delegates)
-        return tuple(dict.fromkeys(found))
+_COMPUTES = ("KernelCall", "DelegateCall")
 
 
 def read(path: Path, weights: Path | None = None) -> PteFile:
@@ -231,6 +106,7 @@ class _Program:
             dim_order=tuple(table.dim_order),
             dynamic=bool(table.shape_dynamism),
             name=extra.fully_qualified_name if extra else "",
+            place=_place(table.allocation_info),
         )
         find = self.data_of(table, extra)
         if find is None:
@@ -291,6 +167,14 @@ class _Plan:
             ),
             buffers=self.at([index for index in written if index not in made]),
             planned_bytes=tuple(plan.non_const_buffer_sizes[1:]),
+            values=tuple(self.values),
+            lists={
+                number: tuple(value.items)
+                for number, value in enumerate(self.raw)
+                if value is not None and value.kind in _LISTS
+            },
+            ends=(tuple(plan.inputs), tuple(plan.outputs)),
+            control=tuple(one.kind for one in instructions if one and one.kind not in _COMPUTES),
         )
 
     def has_data(self, number: int) -> bool:
@@ -325,7 +209,7 @@ class _Plan:
         if one.kind == "KernelCall":
             operator = item(self.plan.operators, one.op_index, "operator")
             name = f"{operator.name}.{operator.overload}".rstrip(".")
-            yield Call(operator=name, args=self.at(one.args))
+            yield Call(operator=name, args=self.at(one.args), indices=tuple(one.args))
         elif one.kind == "DelegateCall":
             table = item(self.plan.delegates, one.delegate_index, "delegate")
             yield Delegate(
@@ -334,6 +218,7 @@ class _Plan:
                 compile_specs={spec.key: bytes(spec.value) for spec in table.compile_specs},
                 processed=self.processed(table.processed),
                 file=self.program.file,
+                indices=tuple(one.args),
             )
 
     def processed(self, place: Table | None) -> memoryview:
@@ -368,6 +253,13 @@ class _Plan:
 
 def _is_tensor(value: Table | None) -> bool:
     return value is not None and value.kind == "Tensor"
+
+
+def _place(info: Table | None) -> tuple[int, int] | None:
+    """Where a tensor is planned; the file counts its memories from 1."""
+    if info is None:
+        return None
+    return info.memory_id - 1, info.memory_offset_high << 32 | info.memory_offset_low
 
 
 __all__ = [

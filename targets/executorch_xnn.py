@@ -46,6 +46,12 @@ def xnn_graph(delegate: "Delegate") -> Any:
         return graph
 
 
+def xnn_kind(tensor: Table) -> str:
+    """The data type of a value of `xnn_table`'s graph, such as `fp32`; "" for an unknown one."""
+    names = _schema().names("XNNDatatype")
+    return names.get(tensor.datatype, "").removeprefix("xnn_datatype_")
+
+
 def xnn_constant(delegate: "Delegate", graph: Any, index: int) -> memoryview:
     """The bytes of a constant, by the index that values and scales of the graph give.
 
@@ -119,7 +125,6 @@ def check_constants(delegate: "Delegate") -> None:
     The runtime does not look: it would read what lies behind them.
     """
     graph = xnn_table(delegate)
-    names = _schema().names("XNNDatatype")
     with damage_named(delegate.file.source):
         for entry in graph.xvalues:
             value = entry.xvalue_union
@@ -128,7 +133,7 @@ def check_constants(delegate: "Delegate") -> None:
             tensor = value if value.kind == "XNNTensorValue" else value.tensor_value
             if tensor is None or not tensor.constant_buffer_idx:
                 continue
-            bits = _BITS.get(names.get(tensor.datatype, "").removeprefix("xnn_datatype_"))
+            bits = _BITS.get(xnn_kind(tensor))
             if bits is None:
                 raise DamagedError(f"XNNPACK's constant has the data type {tensor.datatype}")
             rows, columns = math.prod(tensor.dims[:-1]), math.prod(tensor.dims[-1:])
