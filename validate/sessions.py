@@ -29,6 +29,8 @@ SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
 SIMULATED_BACKENDS = (Backend.COREML,)
 """Of ExecuTorch's: those that the interpreter stands in for, everywhere."""
+EXACT_BACKENDS = (Backend.XNNPACK, Backend.PORTABLE)
+"""Of ExecuTorch's: those that `pte` computes without rounding, and never otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,10 @@ def _has_interpreter(bundle: Bundle) -> bool:
     """Whether something besides its runtime computes what the bundle says."""
     if bundle.manifest.target == TargetName.TENSORRT:
         return _runs_graphs() is not None
-    return bundle.manifest.target in SIMULATED or _backend(bundle) in SIMULATED_BACKENDS
+    return bundle.manifest.target in SIMULATED or _backend(bundle) in (
+        *SIMULATED_BACKENDS,
+        *EXACT_BACKENDS,
+    )
 
 
 def has_exact(bundle: Bundle) -> bool:
@@ -178,7 +183,7 @@ def open_session(
     if exact and not _has_interpreter(bundle):
         raise ExportError(
             f"Target '{target}' has no interpreter that computes without rounding.",
-            f"Use one that has: {', '.join((*SIMULATED, TargetName.TENSORRT))}.",
+            f"Use one that has: {', '.join((*SIMULATED, TargetName.EXECUTORCH, TargetName.TENSORRT))}.",
         )
     if compute_units is not None and (target != TargetName.COREML or simulated):
         where = INTERPRETER.name if exact else runtime(bundle).name
@@ -194,7 +199,10 @@ def open_session(
 
 
 def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
-    """The packages in the MIL reference interpreter; TensorRT's graphs in ONNX Runtime."""
+    """The packages in the MIL reference interpreter; TensorRT's graphs in ONNX Runtime.
+
+    ExecuTorch's own programs without rounding, in an interpreter of theirs.
+    """
     if bundle.manifest.target == TargetName.TENSORRT:
         from ..targets.tensorrt_onnx_session import (  # noqa: PLC0415 - imports onnxruntime
             TensorRTOnnxSession,
@@ -205,6 +213,10 @@ def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
         from .executorch_coreml import CoreMLDelegateSession  # noqa: PLC0415 - imports coremltools
 
         return CoreMLDelegateSession(bundle, exact=exact)
+    if _backend(bundle) in EXACT_BACKENDS:
+        from .executorch_exact import ExactExecuTorchSession  # noqa: PLC0415 - imports executorch
+
+        return ExactExecuTorchSession(bundle)
     from ..targets import coreml  # noqa: PLC0415 - with its runtime
     from . import mil  # noqa: PLC0415 - imports coremltools
 

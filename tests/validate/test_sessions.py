@@ -156,14 +156,16 @@ def executorch(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_executorchs_runtime_is_a_device_here_but_for_what_it_hands_to_core_ml(
     executorch: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    exact = SimpleNamespace(ExactExecuTorchSession=lambda bundle: "the program")
+    monkeypatch.setitem(sys.modules, "fastvlm_export.validate.executorch_exact", exact)
     for backend in ("xnnpack", "portable"):
         found = bundle("executorch", artifact={"backend": backend})
         assert sessions.runtime(found) == Runtime(name="ExecuTorch", device=True)
         assert sessions.open_session(found) == "executorch's own"
         assert sessions.not_timed(found) == ""
-        assert not sessions.has_exact(found)
-        with pytest.raises(ExportError, match="'executorch' has no interpreter"):
-            sessions.open_session(found, exact=True)
+        assert sessions.has_exact(found)
+        assert not sessions.has_exact(bundle("executorch", "fp32", found.manifest.artifact))
+        assert sessions.open_session(found, exact=True) == "the program"
     found = bundle("executorch", artifact={"backend": "coreml"})
     opened = SimpleNamespace(CoreMLDelegateSession=lambda bundle, exact: ("delegates", exact))
     monkeypatch.setitem(sys.modules, "fastvlm_export.validate.executorch_coreml", opened)
