@@ -32,6 +32,9 @@ SIMULATED_BACKENDS = (Backend.COREML,)
 EXACT_BACKENDS = (Backend.XNNPACK, Backend.PORTABLE)
 """Of ExecuTorch's: those that `pte` computes without rounding, and never otherwise."""
 
+EXACT_TARGETS = (TargetName.COREML, TargetName.EXECUTORCH, TargetName.TENSORRT)
+"""Targets that something computes without rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
@@ -183,7 +186,7 @@ def open_session(
     if exact and not _has_interpreter(bundle):
         raise ExportError(
             f"Target '{target}' has no interpreter that computes without rounding.",
-            f"Use one that has: {', '.join((*SIMULATED, TargetName.EXECUTORCH, TargetName.TENSORRT))}.",
+            f"Use one that has: {', '.join(EXACT_TARGETS)}.",
         )
     if compute_units is not None and (target != TargetName.COREML or simulated):
         where = INTERPRETER.name if exact else runtime(bundle).name
