@@ -126,10 +126,13 @@ def export(
 
     if checkpoint is None and random is None and not quiet:
         messages.print("No --checkpoint: exporting the bundled small model, fastvlm-digits.")
+    targets = tuple(dict.fromkeys(target or ["onnx"]))
+    if not quiet:
+        _warn_of_untested(targets)
     request = pipeline.ExportRequest(
         source=_source(checkpoint, random, seed),
         out=out,
-        targets=tuple(dict.fromkeys(target or ["onnx"])),
+        targets=targets,
         recipe=recipe,
         calibration=calibration,
         resolution=resolution,
@@ -147,6 +150,20 @@ def export(
     )
     outcomes = with_progress(quiet, lambda bars: pipeline.export(request, bars))
     _finish(outcomes, as_json=as_json, quiet=quiet)
+
+
+def _warn_of_untested(targets: tuple[str, ...]) -> None:
+    """One line where a version that takes part in the export was not tested."""
+    from .versions import untested  # noqa: PLC0415 - reads the installed packages' metadata
+
+    if found := untested(targets):
+        listed = ", ".join(f"{one.package} {one.installed} ({one.tested})" for one in found)
+        messages.print(
+            f"Warning: versions outside the tested range: {listed}. See: fastvlm-export targets",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _refuse_stray_options(context: typer.Context) -> None:
@@ -387,6 +404,8 @@ def list_targets(as_json: AsJson = False) -> None:
         _print_json(rows)
     else:
         _results.print(terminal.targets(rows))
+        for note in terminal.target_notes(rows):
+            _results.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 @end_on_signals()

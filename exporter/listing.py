@@ -9,6 +9,7 @@ from ..targets.base import DEFAULTS, Options, Target
 from ..targets.executorch_model import Backend
 from ..targets.tensorrt_package import Backend as Package
 from ..validate.sessions import runs_here
+from . import versions
 
 BACKENDS: dict[str, Sequence[str]] = {
     TargetName.EXECUTORCH: tuple(Backend),
@@ -32,6 +33,7 @@ def _row(name: TargetName) -> dict[str, object]:
         "runtime": runtime.name if runtime else None,
         "recipes": recipes(target),
         "versions": dict(here.versions),
+        "untested": [one.to_dict() for one in versions.untested((str(name),))],
         "remedy": here.remedy,
         "backends": [_backend(name, backend) for backend in BACKENDS.get(name, ())],
     }

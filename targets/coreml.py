@@ -9,13 +9,13 @@ the oldest system that is built for.
 
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..exporter.bundle import Bundle
 from ..exporter.spec import ExportSpec
+from ..exporter.versions import version_of
 from ..quantize.recipes import RECIPES, Recipe
 from . import apple_app, apple_app_recipes, coreml_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
@@ -43,7 +43,7 @@ CHUNK = 128
 
 def availability() -> Availability:
     """Core ML packages can be written on any system and run on a Mac."""
-    found = {name: metadata.version(name) for name in RUNTIME_PACKAGES if find_spec(name)}
+    found = {name: version_of(name) for name in RUNTIME_PACKAGES if find_spec(name)}
     return Availability(
         lower=bool(found),
         run=bool(found) and sys.platform == "darwin",

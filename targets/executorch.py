@@ -7,7 +7,6 @@ the stock runtime registers by itself.
 
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
+from ..exporter.versions import version_of
 from ..quantize.recipes import Recipe
 from . import client_files, executorch_backends, executorch_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
@@ -33,7 +33,7 @@ REMEDY = "pip install 'fastvlm-export[executorch]'"
 
 def availability() -> Availability:
     """Look for the package, which lowers and runs."""
-    found = {PACKAGE: metadata.version(PACKAGE)} if find_spec(PACKAGE) else {}
+    found = {PACKAGE: version_of(PACKAGE)} if find_spec(PACKAGE) else {}
     return Availability(
         lower=bool(found),
         run=bool(found),

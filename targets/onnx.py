@@ -1,7 +1,6 @@
 """ONNX: one folder that Transformers.js runs as it is, and ONNX Runtime runs here."""
 
 from collections.abc import Mapping
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..exporter.bundle import Bundle
 from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
+from ..exporter.versions import version_of
 from ..quantize.recipes import Float, Recipe
 from . import onnx_recipes
 from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
@@ -47,7 +47,7 @@ def files(recipe: Recipe) -> dict[str, str]:
 def availability() -> Availability:
     """Look for onnx, onnxscript (lowering) and onnxruntime (running)."""
     packages = (*LOWERING_PACKAGES, *RUNTIME_PACKAGES)
-    found = {name: metadata.version(name) for name in packages if find_spec(name)}
+    found = {name: version_of(name) for name in packages if find_spec(name)}
     missing = [name for name in packages if name not in found]
     return Availability(
         lower=all(name in found for name in LOWERING_PACKAGES),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..exporter.bundle import Bundle
 from ..exporter.spec import ExportSpec
+from ..exporter.versions import version_of
 from ..quantize.recipes import Recipe
 from . import tensorrt_device as device
 from . import tensorrt_gpus, tensorrt_recipes
@@ -39,12 +40,12 @@ RUNTIME_PACKAGES = (*(packages.MODULES[one] for one in packages.installed()), CU
 
 def availability() -> Availability:
     """A package lowers and builds; to run takes a GPU besides, and a driver that is new enough."""
-    found = {name: metadata.version(name) for name in LOWERING_PACKAGES if find_spec(name)}
+    found = {name: version_of(name) for name in LOWERING_PACKAGES if find_spec(name)}
     missing = [name for name in LOWERING_PACKAGES if name not in found]
     there = packages.installed()
     found |= {backend.value: packages.version(backend) for backend in there}
     if find_spec(STAND_IN):
-        found[STAND_IN] = metadata.version(STAND_IN)
+        found[STAND_IN] = version_of(STAND_IN)
     if has_cuda():
         found[CUDA] = metadata.version(CUDA)
     missing += [] if there else [packages.MODULES[Backend.RTX]]

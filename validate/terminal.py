@@ -205,21 +205,42 @@ def facts(found: Mapping[str, object], title: str) -> Table:
     return table
 
 
-def targets(rows: Sequence[Mapping[str, Any]]) -> Group:
+def targets(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each target can do here, and below it each of its backends where it has a choice."""
     table = _table("Targets")
     table.add_column("Target", no_wrap=True)
-    for name in ("Export here", "Run here", "Recipes", "Versions, or what to do"):
+    for name in ("Export here", "Run here", "Recipes", "Versions"):
         table.add_column(name)
-    notes = []
     for row in rows:
         found = ", ".join(formats.lines(row["versions"]))
-        table.add_row(*_target(row, Text(row["target"], "bold"), row["remedy"] or found))
+        table.add_row(*_target(row, Text(row["target"], "bold"), found))
         for backend in row["backends"]:
             table.add_row(*_target(backend, Text(f"  {backend['backend']}"), ""))
-            if backend["remedy"]:
-                notes.append(Text(backend["remedy"], "dim"))
-    return Group(table, *notes)
+    return table
+
+
+def target_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to do about targets that lack something, and about versions that were not tested.
+
+    Lines to be printed unwrapped, since they hold commands to be copied.
+    """
+    notes = []
+    for row in rows:
+        notes += [f"{row['target']}: {row['remedy']}"] if row["remedy"] else []
+        for backend in row["backends"]:
+            name = f"{row['target']} --backend {backend['backend']}"
+            notes += [f"{name}: {backend['remedy']}"] if backend["remedy"] else []
+    for row in rows:
+        notes += [untested(one) for one in row["untested"]]
+    return list(dict.fromkeys(notes))
+
+
+def untested(one: Mapping[str, str]) -> str:
+    """An installed version that was not tested, and the command that installs one that was."""
+    return (
+        f"{one['package']} {one['installed']} is outside the tested range {one['tested']}: "
+        f"{one['remedy']}"
+    )
 
 
 def _target(row: Mapping[str, Any], name: Text, last: str) -> Iterator[RenderableType]:
