@@ -115,16 +115,25 @@ def lower(
     return Artifact(graphs={n: onnx_lowering.signature(names[n], models[n]) for n in STEMS})
 
 
-def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target gives it
-    """Load the three graphs into ONNX Runtime. Raises ExportError for a damaged file."""
+def open(bundle: Bundle, *, exact: bool = False) -> Session:  # noqa: A001 - each target's name
+    """Load the three graphs into ONNX Runtime; `exact`: with nothing rounded, see `onnx_exact`.
+
+    Raises ExportError for a damaged file.
+    """
+    from .onnx_exact import open_exact  # noqa: PLC0415 - imports onnxruntime
     from .onnx_session import OnnxSession  # noqa: PLC0415 - imports onnxruntime
 
+    chosen = open_exact if exact else OnnxSession
+    return chosen(paths(bundle), context=bundle.manifest.context)
+
+
+def paths(bundle: Bundle) -> dict[str, Path]:
+    """Graph -> its file. Raises ExportError where the manifest lists no three that fit."""
     there = bundle.manifest.files
     for suffix in SUFFIXES.values():
         found = {name: f"{stem}{suffix}.onnx" for name, stem in STEMS.items()}
         if all(file in there for file in found.values()):
-            paths = {name: bundle.path / file for name, file in found.items()}
-            return OnnxSession(paths, context=bundle.manifest.context)
+            return {name: bundle.path / file for name, file in found.items()}
     raise ExportError(
         f"{bundle.path} lists no {', '.join(STEMS.values())} of one suffix in its manifest.",
         "Export it again: fastvlm-export --target onnx --out DIR --force",

@@ -4,6 +4,7 @@ Core ML runs on a Mac only. Anywhere else its packages, and what an ExecuTorch p
 it, are opened by the MIL reference interpreter, which computes what the saved program says; its
 numbers are no device's, and it is never timed. TensorRT's engines run on NVIDIA's GPUs only. Where
 there is none, ONNX Runtime computes the graphs that they were built from, and is not timed either.
+It also computes target onnx's own graphs without rounding, rewritten for that.
 """
 
 import functools
@@ -27,12 +28,14 @@ NAMES: dict[str, str] = {
 }
 SIMULATED = (TargetName.COREML,)
 """Targets with an interpreter here; it needs what their lowering needs."""
+EXACT_GRAPHS = (TargetName.ONNX, TargetName.TENSORRT)
+"""Targets whose ONNX graphs can be rewritten so that ONNX Runtime rounds nothing."""
 SIMULATED_BACKENDS = (Backend.COREML,)
 """Of ExecuTorch's: those that the interpreter stands in for, everywhere."""
 EXACT_BACKENDS = (Backend.XNNPACK, Backend.PORTABLE)
 """Of ExecuTorch's: those that `pte` computes without rounding, and never otherwise."""
 
-EXACT_TARGETS = (TargetName.COREML, TargetName.EXECUTORCH, TargetName.TENSORRT)
+EXACT_TARGETS = (*SIMULATED, TargetName.EXECUTORCH, *EXACT_GRAPHS)
 """Targets that something computes without rounding."""
 
 
@@ -154,8 +157,8 @@ def _foreign_gpu(bundle: Bundle) -> Gpu | None:
 
 
 def _has_interpreter(bundle: Bundle) -> bool:
-    """Whether something besides its runtime computes what the bundle says."""
-    if bundle.manifest.target == TargetName.TENSORRT:
+    """Whether something computes what the bundle says without rounding."""
+    if bundle.manifest.target in EXACT_GRAPHS:
         return _runs_graphs() is not None
     return bundle.manifest.target in SIMULATED or _backend(bundle) in (
         *SIMULATED_BACKENDS,
@@ -166,8 +169,8 @@ def _has_interpreter(bundle: Bundle) -> bool:
 def has_exact(bundle: Bundle) -> bool:
     """Whether the bundle can also be computed without any rounding, and gains by it.
 
-    That is an interpreter's doing, or ONNX Runtime's on the graphs of engines. An artifact in
-    float32 is compared at that accuracy anyway.
+    That is an interpreter's doing, or ONNX Runtime's on ONNX graphs without their roundings. An
+    artifact in float32 is compared at that accuracy anyway.
     """
     return _has_interpreter(bundle) and recorded(bundle.manifest.recipe).quantized
 
@@ -182,14 +185,15 @@ def open_session(
     Raises ExportError where that can't be had.
     """
     target = bundle.manifest.target
-    simulated = exact or not runtime(bundle).device
+    here = runtime(bundle)
+    simulated = exact or not here.device
     if exact and not _has_interpreter(bundle):
         raise ExportError(
             f"Target '{target}' has no interpreter that computes without rounding.",
             f"Use one that has: {', '.join(EXACT_TARGETS)}.",
         )
     if compute_units is not None and (target != TargetName.COREML or simulated):
-        where = INTERPRETER.name if exact else runtime(bundle).name
+        where = INTERPRETER.name if exact else here.name
         raise ExportError(
             f"Compute units '{compute_units}' are Core ML's, on a Mac; the {where} has none.",
             "Leave them out, or run a bundle of target 'coreml' on a Mac.",
@@ -202,10 +206,14 @@ def open_session(
 
 
 def _interpreted(bundle: Bundle, *, exact: bool) -> Session:
-    """The packages in the MIL reference interpreter; TensorRT's graphs in ONNX Runtime.
+    """The packages in the MIL reference interpreter; ONNX graphs in ONNX Runtime.
 
     ExecuTorch's own programs without rounding, in an interpreter of theirs.
     """
+    if bundle.manifest.target == TargetName.ONNX:
+        from ..targets import onnx  # noqa: PLC0415 - as its runtime is
+
+        return onnx.open(bundle, exact=exact)
     if bundle.manifest.target == TargetName.TENSORRT:
         from ..targets.tensorrt_onnx_session import (  # noqa: PLC0415 - imports onnxruntime
             TensorRTOnnxSession,

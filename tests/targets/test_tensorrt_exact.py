@@ -96,9 +96,9 @@ def without_zero_point(graph: onnx.GraphProto) -> None:
     del first(graph, "QuantizeLinear").input[2]
 
 
-def unsigned(graph: onnx.GraphProto) -> None:
-    graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "unsigned"))
-    first(graph, "QuantizeLinear").input[2] = "unsigned"
+def of_16_bits(graph: onnx.GraphProto) -> None:
+    graph.initializer.append(numpy_helper.from_array(np.array(0, np.int16), "wide"))
+    first(graph, "QuantizeLinear").input[2] = "wide"
 
 
 def without_inputs(graph: onnx.GraphProto) -> None:
@@ -106,7 +106,7 @@ def without_inputs(graph: onnx.GraphProto) -> None:
 
 
 @pytest.mark.parametrize("lowered", ["int8"], indirect=True)
-@pytest.mark.parametrize("change", [without_zero_point, unsigned, without_inputs])
+@pytest.mark.parametrize("change", [without_zero_point, of_16_bits, without_inputs])
 def test_a_graph_of_others_is_one_error(
     lowered: Lowered, tmp_path: Path, change: Callable[[onnx.GraphProto], None]
 ) -> None:

@@ -14,6 +14,7 @@ from fastvlm_export.targets import (
     apple_app,
     coreml_session,
     executorch_backends,
+    onnx,
     tensorrt_onnx_session,
 )
 from fastvlm_export.targets.base import Availability
@@ -100,9 +101,21 @@ def test_the_layout_in_the_manifest_chooses_the_session(mac: Machine) -> None:
 
 
 def test_other_targets_run_in_their_own_runtime(linux: Machine) -> None:
-    onnx = bundle("onnx")
-    assert sessions.runtime(onnx) == Runtime(name="ONNX Runtime", device=True)
-    assert sessions.open_session(onnx) == "onnx's own"
+    found = bundle("onnx")
+    assert sessions.runtime(found) == Runtime(name="ONNX Runtime", device=True)
+    assert sessions.open_session(found) == "onnx's own"
+
+
+def test_onnx_runtime_also_computes_its_graphs_without_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnx, "open", lambda bundle, exact: ("graphs", exact))
+    Machine(monkeypatch, onnx=has(lower=True, run=True))
+    assert sessions.open_session(bundle("onnx"), exact=True) == ("graphs", True)
+    Machine(monkeypatch, onnx=has(lower=True, run=False))
+    assert not sessions.has_exact(bundle("onnx"))
+    with pytest.raises(ExportError, match="'onnx' can't be run here"):
+        sessions.open_session(bundle("onnx"), exact=True)
 
 
 def test_where_nothing_runs_a_bundle_the_remedy_is_said(bare: Machine) -> None:
@@ -116,7 +129,6 @@ def test_where_nothing_runs_a_bundle_the_remedy_is_said(bare: Machine) -> None:
 @pytest.mark.parametrize(
     ("asked", "options", "said"),
     [
-        (bundle("onnx"), {"exact": True}, "no interpreter that computes without rounding"),
         (bundle("onnx"), {"compute_units": "all"}, "the ONNX Runtime has none"),
         (bundle(), {"compute_units": "all"}, "the MIL reference interpreter has none"),
     ],
@@ -138,7 +150,10 @@ def test_what_a_runtime_does_not_have_is_refused(
         ("tensorrt", "fp32", False),
         ("tensorrt", "fp16", True),
         ("tensorrt", "int8", True),
-        ("onnx", "int4", False),
+        ("onnx", "fp32", False),
+        ("onnx", "fp16", True),
+        ("onnx", "int8", True),
+        ("onnx", "int4", True),
     ],
 )
 def test_rounded_bundles_have_an_exact_form_where_something_computes_it(
