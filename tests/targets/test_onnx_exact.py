@@ -163,8 +163,8 @@ OF_INTEGERS: dict[str, tuple[str, Fault, str]] = {
     "a weight": ("vision", constant("DequantizeLinear", 0, add(1)), "features"),
     "a quantizer's scale": ("vision", constant("QuantizeLinear", 1, multiply(1.001)), "features"),
     "a zero point": ("vision", constant("QuantizeLinear", 2, add(1)), "features"),
-    "a product's zero point": ("vision", constant("MatMulInteger", 2, add(1)), "features"),
-    "a folded scale": ("vision", scaled("MatMulInteger"), "features"),
+    "a product's zero point": ("vision", constant("MatMulInteger", 2, add(1), 4), "features"),
+    "a product": ("vision", scaled("MatMulInteger", 4), "features"),
     "a row of the table": ("embedding", constant("Gather", 0, add(1, at=900)), "embeddings"),
     "its scale": ("embedding", constant("Gather", 0, multiply(1.001, at=9), -1), "embeddings"),
 }
@@ -231,14 +231,14 @@ def instead(operator: str, domain: str = "", **attributes: Any) -> Fault:
 
 
 def reads_integers(graph: GraphProto) -> None:
-    nth(graph, "Gelu").input[0] = nth(graph, "QuantizeLinear").output[0]
+    nth(graph, "Gelu", -1).input[0] = nth(graph, "QuantizeLinear").output[0]
 
 
 REFUSED: dict[str, tuple[Fault, str]] = {
     "no zero point": (without_zero_point, "QuantizeLinear .* does not have the inputs"),
     "16 bits": (of_16_bits, "QuantizeLinear .* rounds to INT16"),
     "two types": (signed, "DequantizeLinear .* zero point of another type"),
-    "scales per channel": (per_channel, "has 16 numbers, not one"),
+    "scales per channel": (per_channel, "QuantizeLinear .*: scales has 16 numbers, not one"),
     "Round": (instead("Round"), "Round 'between' rounds"),
     "integers": (instead("Cast", to=TensorProto.INT32), "Cast 'between' computes in type INT32"),
     "float8": (
@@ -246,8 +246,11 @@ REFUSED: dict[str, tuple[Fault, str]] = {
         "Cast 'between' computes in type FLOAT8E4M3FN",
     ),
     "dynamic": (instead("DynamicQuantizeLinear"), "DynamicQuantizeLinear 'between' rounds"),
-    "others'": (instead("FastGelu", "com.microsoft"), "not known to compute in float32"),
-    "a domain": (instead("Gelu", "org.example"), "is of domain org.example"),
+    "others'": (
+        instead("FastGelu", "com.microsoft"),
+        "FastGelu 'between' is not known to compute in float32",
+    ),
+    "a domain": (instead("Gelu", "org.example"), "Gelu 'between' is of domain org.example"),
     "quantized floats": (reads_integers, "Gelu .* reads integers that were rounded"),
 }
 
