@@ -5,9 +5,10 @@ are one buffer of the whole context it appends in place; given a past of exact l
 that is longer. Both come from the same graph, because the number of valid positions is taken from
 attention_mask, never from the cache's shape.
 
-Where the operator cannot rotate heads of this size, RotaryEmbedding does so before it. Where it
-cannot mix them either, they are filled up with zeros inside the graph, which add nothing to any
-product: the cache keeps its own width outside, at the price of being copied in each step.
+Where it cannot rotate heads of this size, RotaryEmbedding does so before it. Where it takes no such
+heads at all, everything is written out: see `onnx_plain_attention`. Filling the heads up with zeros
+inside the graph is no way out: ONNX Runtime 1.25 to 1.31 plan present into the memory of a past
+that is not the graph's own input.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from onnxscript import opset23
 from onnxscript.values import Op, Opset
 
 from ..exporter.model.attention_op import cached_attention
+from . import onnx_plain_attention
 
 MICROSOFT = "com.microsoft"
 op: Any = opset23
@@ -46,11 +48,8 @@ _SCHEMA = _Schema(
         (_M, ["tensor(int32)"], ""),
     ],
     attributes=[
-        *(
-            _Schema.Attribute(name, _Schema.AttrType.INT)
-            for name in ("num_heads", "kv_num_heads", "do_rotary")
-        ),
-        _Schema.Attribute("scale", _Schema.AttrType.FLOAT),
+        _Schema.Attribute(name, _Schema.AttrType.INT)
+        for name in ("num_heads", "kv_num_heads", "do_rotary")
     ],
 )
 HEAD_STEP, ROTARY_STEP = 8, 16
@@ -64,14 +63,14 @@ tables whose width is a multiple of 8 and at most half the head: those of a whol
 _group_query_attention = Op(Opset(MICROSOFT, 1), "GroupQueryAttention", _SCHEMA)
 
 
+def mixes(head_dim: int) -> bool:
+    """Whether GroupQueryAttention takes heads of that size."""
+    return head_dim % HEAD_STEP == 0
+
+
 def rotates(head_dim: int) -> bool:
-    """Whether GroupQueryAttention itself rotates heads of that size."""
+    """Whether it rotates them, too."""
     return head_dim % ROTARY_STEP == 0
-
-
-def filling(head_dim: int) -> int:
-    """How many zeros a head of that size lacks until GroupQueryAttention takes it."""
-    return -head_dim % HEAD_STEP
 
 
 def _translate(
@@ -88,6 +87,9 @@ def _translate(
 ) -> Any:
     """See `cached_attention`. The lengths are computed per layer; equal nodes are merged later."""
     head_dim = int(past_key.shape[3])
+    if not mixes(head_dim):
+        cache = past_key, past_value, attention_mask
+        return onnx_plain_attention.attention(query, key, value, *cache, cos, sin, heads, kv_heads)
     valid = op.ReduceSum(attention_mask, op.Constant(value_ints=[1]), keepdims=0)
     last_position = op.Cast(op.Sub(valid, op.Constant(value_int=1)), to=onnx.TensorProto.INT32)
     total = op.Squeeze(op.Shape(attention_mask, start=1, end=2))
@@ -101,26 +103,9 @@ def _translate(
     positions = _positions(valid, query)
     query = op.RotaryEmbedding(query, cos, sin, positions, num_heads=heads)
     key = op.RotaryEmbedding(key, cos, sin, positions, num_heads=kv_heads)
-    if not filling(head_dim):
-        return _group_query_attention(
-            query, key, value, past_key, past_value, *lengths, **attributes, do_rotary=0
-        )
-
-    out, present_key, present_value = _group_query_attention(
-        _filled_rows(query, heads, head_dim),
-        _filled_rows(key, kv_heads, head_dim),
-        _filled_rows(value, kv_heads, head_dim),
-        _filled(past_key, head_dim),
-        _filled(past_value, head_dim),
-        *lengths,
-        **attributes,
-        do_rotary=0,
-        scale=head_dim**-0.5,
+    return _group_query_attention(
+        query, key, value, past_key, past_value, *lengths, **attributes, do_rotary=0
     )
-    together = op.Constant(value_ints=[0, 0, heads * head_dim])
-    apart = op.Constant(value_ints=[0, 0, heads, head_dim + filling(head_dim)])
-    out = op.Reshape(_cut(op.Reshape(out, apart), head_dim), together)
-    return out, _cut(present_key, head_dim), _cut(present_value, head_dim)
 
 
 def _positions(valid: Any, query: Any) -> Any:
@@ -134,25 +119,6 @@ def _positions(valid: Any, query: Any) -> Any:
     first = op.Max(op.Sub(valid, new), zero)
     steps = op.Range(zero, op.Squeeze(new), one)
     return op.Add(op.Unsqueeze(first, op.Constant(value_ints=[1])), steps)
-
-
-def _filled(x: Any, head_dim: int) -> Any:
-    """[B,n,m,d] -> [B,n,m,d + filling]."""
-    pads = op.Constant(value_ints=[0] * 7 + [filling(head_dim)])
-    return op.Pad(x, pads)
-
-
-def _filled_rows(x: Any, heads: int, head_dim: int) -> Any:
-    """[B,S,n*d] -> [B,S,n * (d + filling)]."""
-    apart = op.Constant(value_ints=[0, 0, heads, head_dim])
-    together = op.Constant(value_ints=[0, 0, heads * (head_dim + filling(head_dim))])
-    return op.Reshape(_filled(op.Reshape(x, apart), head_dim), together)
-
-
-def _cut(x: Any, head_dim: int) -> Any:
-    """[B,n,m,d + filling] -> [B,n,m,d]."""
-    start, end = op.Constant(value_ints=[0]), op.Constant(value_ints=[head_dim])
-    return op.Slice(x, start, end, op.Constant(value_ints=[3]))
 
 
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
