@@ -146,11 +146,19 @@ def listed(names: "tuple[str, ...] | list[str]") -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def free_name(path: Path, suffix: str) -> Path:
-    """A name beside a path that nothing has: with a suffix, and a number where one is needed."""
-    stem = path.name[:LONGEST_STEM]
-    names = (f"{stem}.{suffix}{f'-{number}' if number else ''}" for number in itertools.count())
-    return next(place for place in map(path.with_name, names) if not os.path.lexists(place))
+def free_name(path: Path, suffix: str, kind: str = "") -> Path:
+    """A name beside a path that nothing has: with a suffix, a number where one is needed, a kind.
+
+    `kind` is a file's own suffix, such as ".toml".
+    """
+    places = _numbered(path, suffix, kind)
+    return next(place for place in places if not os.path.lexists(place))
+
+
+def _numbered(path: Path, suffix: str, kind: str = "") -> Iterator[Path]:
+    stem = f"{path.name[:LONGEST_STEM]}.{suffix}"
+    for number in itertools.count():
+        yield path.with_name(f"{stem}{f'-{number}' if number else ''}{kind}")
 
 
 def check_out(out: Path, *, force: bool) -> None:
@@ -177,6 +185,20 @@ def check_out(out: Path, *, force: bool) -> None:
         raise ExportError(f"{out}: {what}.", "Choose another --out.") from error
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ExportError(f"{parent} is not a writable folder.", "Choose another --out.")
+
+
+def place_of_failed(out: Path, inputs: Mapping[str, Path]) -> Path:
+    """Where a folder goes whose proof failed: beside `out`, in the place of an earlier one."""
+
+    def is_usable(place: Path) -> bool:
+        try:
+            check_out(place, force=True)
+            check_apart(place, inputs)
+        except ExportError:
+            return False
+        return True
+
+    return next(filter(is_usable, _numbered(out, "failed")))
 
 
 def check_apart(out: Path, inputs: Mapping[str, Path], option: str = "--out") -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -137,7 +136,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
             gc.collect()  # graph modules refer to themselves: the next group needs the memory
         clock.stage("Publish")
         passed = all(report.passed for report in reports.values())
-        final = out if passed else _failed(out, inputs(request))
+        final = out if passed else ownership.place_of_failed(out, inputs(request))
         publish.publish(folder, final, force=request.force or not passed)
     return [
         Outcome(path=final / places[one.name].relative_to(folder), report=reports[one.name])
@@ -325,21 +324,6 @@ def _versions() -> dict[str, str]:
 def _made_alike(manifest: Manifest) -> bool:
     """Whether the recipe gives the same numbers here as it did there, to the last bit."""
     return all(manifest.versions.get(name) == found for name, found in _versions().items())
-
-
-def _failed(out: Path, inputs: Mapping[str, Path]) -> Path:
-    """Where a folder goes whose proof failed: in the place of an earlier failed one, if any."""
-
-    def is_usable(place: Path) -> bool:
-        try:
-            ownership.check_out(place, force=True)
-            ownership.check_apart(place, inputs)
-        except ExportError:
-            return False
-        return True
-
-    names = (f"{out.name}.failed{f'-{n}' if n else ''}" for n in itertools.count())
-    return next(filter(is_usable, map(out.with_name, names)))
 
 
 def _report(

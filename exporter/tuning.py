@@ -242,7 +242,7 @@ def _write(path: Path, text: str, option: str, *, force: bool) -> None:
             written = folder / path.name
             written.write_text(text, "utf-8")
             if problems := _path_problems(option, path, (path.suffix.lower(),), force=force):
-                kept = ownership.free_name(path, "new")
+                kept = ownership.free_name(path.with_suffix(""), "new", path.suffix)
                 written.rename(kept)
                 raise ExportError(
                     f"{problems[0].message} It appeared during the run; the result is at {kept}.",

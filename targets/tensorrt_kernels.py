@@ -20,7 +20,7 @@ from .tensorrt_package import Backend
 from .tensorrt_plan import Plan
 
 SUFFIX = ".kernels"
-_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.kernels")
+_NAME = re.compile(r"[0-9a-z]{32}-[0-9a-f]{16}\.kernels")
 MOST_FILES = 48
 """Of all bundles together; the files that were longest unused go first."""
 

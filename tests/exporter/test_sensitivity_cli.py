@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fastvlm_export.exporter import tuning
+from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
+from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.exporter.source import SourceRequest
 from fastvlm_export.quantize import recipe_file
 from fastvlm_export.quantize.recipes import EMBEDDING, HEAD
@@ -129,3 +133,70 @@ def test_lookup_tables_are_mixed_for_the_target_that_has_them(run: Run, tmp_path
     mixed = recipe_file.find(str(out))
     assert mixed.palettized
     assert coreml.problems(mixed, None) == []
+
+
+def test_force_replaces_a_file_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    """Known before any work: a link, whatever it points at, and a folder are none."""
+    target, pipe = tmp_path / "target.toml", tmp_path / "pipe.toml"
+    target.write_text("mine")
+    for name, to in (("link.toml", target), ("loose.toml", tmp_path / "nothing")):
+        (tmp_path / name).symlink_to(to)
+    (tmp_path / "folder.toml").mkdir()
+    os.mkfifo(pipe)
+    kinds = {
+        "link": "a link",
+        "loose": "a link",
+        "folder": "a folder",
+        "pipe": "a device or a pipe",
+    }
+    for name, kind in kinds.items():
+        done = run("sensitivity", "--budget", "1%", "--out", tmp_path / f"{name}.toml", "--force")
+        assert done.code == 2
+        assert f"is {kind}." in done.err.replace("\n", " ")
+    assert target.read_text() == "mine"
+
+
+def test_an_input_is_never_written_over(run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[weights]\nbits = 4\n")
+    photos = tmp_path / "photos"
+    shutil.copytree(BUNDLED_FOLDER.parent / "images", photos)
+    linked = tmp_path / "linked"
+    linked.symlink_to(photos)
+    arguments = ("sensitivity", "--budget", "1%", "--force")
+    for more, words in (
+        (("--recipe", recipe, "--out", recipe), f"--out {recipe} is --recipe"),
+        (("--calibration", photos, "--out", photos / "r.toml"), "lies in --calibration"),
+        (("--calibration", linked, "--plot", photos / "p.svg"), "lies in --calibration"),
+        (("--checkpoint", BUNDLED_FOLDER, "--out", BUNDLED_FOLDER / "r.toml"), "--checkpoint"),
+    ):
+        done = run(*arguments, *more)
+        assert done.code == 2
+        assert words in done.err
+        assert "which is only read" in done.err
+    assert recipe.read_text() == "[weights]\nbits = 4\n"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_appears_while_it_measures_is_left_alone(
+    tmp_path: Path, kind: str, force: bool
+) -> None:
+    out, target = tmp_path / "r.toml", tmp_path / "target"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "folder":
+        out.mkdir()
+    else:
+        target.write_text("mine")
+        out.symlink_to(target)
+    if kind == "file" and force:
+        tuning._write(out, "measured", "--out", force=True)
+        assert out.read_text() == "measured"
+        assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
+        return
+    with pytest.raises(ExportError, match=r"appeared during the run.* is at .*r\.new\.toml"):
+        tuning._write(out, "measured", "--out", force=force)
+    assert (tmp_path / "r.new.toml").read_text() == "measured"
+    assert out.is_dir() if kind == "folder" else out.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == (3 if kind == "link" else 2)

@@ -152,6 +152,30 @@ def test_a_forgotten_or_changed_package_is_compiled_anew(bundle, mac, tmp_path):
     assert len(list(coreml_session.compiled_folder(package, "all").parent.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["photos", "0123456789abcdef", "0123456789ABCDEF"])
+def test_what_was_not_compiled_here_stays_in_the_cache(bundle, mac, tmp_path, name):
+    """In each place that something is removed from: what has no name of ours, or is no model."""
+    package = tmp_path / VISION
+    shutil.copytree(bundle.path / VISION, package)
+    open_mlmodel()(package, MAIN)
+    kept = coreml_session.compiled_folder(package, "all")
+    (compiled,) = kept.iterdir()
+    others = [kept / name / "mine.txt", compiled / "mine.txt", kept.parent / name / "mine.txt"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "vision.mlmodelc").mkdir()
+    (kept / "fedcba9876543210").symlink_to(tmp_path / "photos")
+    specification = next(package.rglob("*.mlmodel"))
+    specification.write_bytes(specification.read_bytes())
+    open_mlmodel()(package, MAIN)
+    coreml_session.forget_compiled(package, "all")
+    assert not list(compiled.glob("*.mlmodelc"))
+    assert [path.read_text() for path in others] == ["mine"] * 3
+    assert (tmp_path / "photos" / "vision.mlmodelc").is_dir()
+
+
 def test_a_failed_compilation_leaves_nothing_behind_and_says_why(bundle, mac, monkeypatch):
     def fail(model, destination_path=None):
         Path(destination_path).mkdir()

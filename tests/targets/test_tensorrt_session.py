@@ -5,6 +5,7 @@ CUDA and TensorRT are stood in for (see `tensorrt_stand_ins`); numbers are PyTor
 
 import dataclasses
 import gc
+import os
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,7 @@ def test_compiled_kernels_are_kept_for_the_next_process(
     again.session.encode_image(pixels())
     again.session.decode(normal(1, 20, 64))
     assert [one.compiled for one in again.package.kernels] == [0, 0, 0]
+    assert sorted(path.name for path in tensorrt_kernels.folder().iterdir()) == files
     for path in cache_folder.rglob("*.kernels"):
         path.write_bytes(b"not what it was")
     assert len(exported.opens(hashes=True).package.kernels) == 3, "a damaged file is no error"
@@ -254,3 +256,22 @@ def test_one_profile_can_serve_prefill_and_decoding(exported: Exported) -> None:
     for step, new in enumerate((30, 1, 1, 5, 1)):
         embeds = normal(1, new, 64, seed=step)
         assert worst(ours.decode(embeds), eager.decode(embeds)) < CLOSE
+
+
+def test_only_files_with_names_of_ours_are_removed_from_the_cache(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_kernels, "MOST_FILES", 2)
+    folder = tensorrt_kernels.folder()
+    folder.mkdir(parents=True)
+    for name in ("mine.kernels", "photo.jpg"):
+        (folder / name).write_text("mine")
+        os.utime(folder / name, (0, 0))
+    for number in range(4):
+        path = folder / f"{number:032}-{number:016}.kernels"
+        tensorrt_kernels._write(path, b"compiled")
+        os.utime(path, (number + 1, number + 1))
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name for name in names if not name.startswith("0")] == ["mine.kernels", "photo.jpg"]
+    assert f"{3:032}-{3:016}.kernels" in names
+    assert len(names) == 4

@@ -1,11 +1,14 @@
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.validate import formats, page, plots, terminal
-from fastvlm_export.validate.report import Example, Export, File, Report
+from fastvlm_export.validate.report import Example, Export, File, Report, check_report
 
 from .fakes import case, compare, tiny_session
 from .pages import Page, shown, strict
@@ -147,6 +150,63 @@ def test_written_files_replace_earlier_ones_whole(report, tmp_path):
     report.write(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
     strict((folder / "report.json").read_text("utf-8"))
+
+
+def test_what_else_lies_beside_a_report_stays(report, tmp_path):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    mine = {"remarks.txt": "mine", ".report.json.1234": "mine", "engines.json": "{}"}
+    for name, text in mine.items():
+        (folder / name).write_text(text)
+    report.write(folder)
+    assert {name: (folder / name).read_text() for name in mine} == mine
+    assert len(list(folder.iterdir())) == len(mine) + 2
+
+
+@pytest.mark.parametrize("odd", ["report", "report.json", "report.html"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "file"])
+def test_what_no_report_wrote_is_not_replaced_by_one(report, tmp_path, odd, kind):
+    folder, other = tmp_path / "report", tmp_path / "other"
+    path = folder if odd == "report" else folder / odd
+    path.parent.mkdir(exist_ok=True)
+    if kind == "file" or (kind == "folder" and odd == "report"):
+        if odd != "report":
+            pytest.skip("an earlier report")
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    else:
+        if kind == "link":
+            other.write_text("mine")
+        path.symlink_to(other)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ExportError, match=f"{path} cannot be replaced by a report"):
+        report.write(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not other.exists() or other.read_text() == "mine"
+
+
+def test_a_report_that_cannot_be_written_is_one_error_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "report").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "report")
+    with pytest.raises(ExportError, match="report is not writable") as caught:
+        check_report(tmp_path / "report")
+    assert "copy the bundle" in caught.value.hint
+
+
+def test_a_report_that_could_not_be_finished_leaves_the_old_one(report, tmp_path, monkeypatch):
+    report.write(tmp_path)
+    before = (tmp_path / "report.json").read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        report.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert (tmp_path / "report.json").read_text() == before
 
 
 def test_the_latency_table_has_both_backends_and_the_ratio():
