@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := requirements/lock.txt
-# Each worker has one thread (tests/conftest.py) and up to 3 GB; a file's tests share their fixtures.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Each worker has one thread and up to 3 GB; tests/conftest.py says what runs on one worker, and when.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(WORKERS)
 
 $(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST)
+
+# Without whole exports of the trained model.
+test-fast: $(STAMP)
+	$(PYTEST) -m "not e2e and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s --timeout 3600
@@ -61,6 +66,6 @@ check-oldest check-newest: check-%:
 	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
 	@echo "The $* direct dependencies:"
 	@sed -n 's/ *# via.*fastvlm-export.*//p' .venv-$*/resolved.txt
-	.venv-$*/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+	.venv-$*/bin/python -m pytest $(WORKERS) $(TESTS)
 
-.PHONY: install demo test test-slow test-gpu check lock check-oldest check-newest
+.PHONY: install demo test test-fast test-slow test-gpu check lock check-oldest check-newest

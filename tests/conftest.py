@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,32 @@ def tiny_model(*, train_form: bool = True, tied: bool = False) -> FastVLM:
     )
 
 
+WHOLE_EXPORTS: set[str] = set()
+"""Fixtures, each a whole export of the trained model: what asks for one is marked `e2e`."""
+
+LONGEST = ("executorch", "tensorrt", "onnx", "tests/exporter/test_coreml_faults.py")
+"""Groups of tests that workers take first, in this order; the others follow as collected."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests together that share fixtures, the longest groups first.
+
+    A group is what the mark `xdist_group` names, else a file: one worker runs all of it, so that no
+    other waits for what it makes, and none is left with a long group at the end.
+    """
+    places = {}
+    for item in items:
+        if WHOLE_EXPORTS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.e2e)
+        marker = item.get_closest_marker("xdist_group")
+        name = marker.args[0] if marker else item.nodeid.partition("::")[0]
+        if not marker:
+            item.add_marker(pytest.mark.xdist_group(name))
+        places[item] = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    items.sort(key=places.__getitem__)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
     """What imports made stays: else each full collection looks through it, for up to a second."""
@@ -74,31 +101,24 @@ def tiny_released() -> FastVLM:
     return tiny_model(train_form=False)
 
 
-@pytest.fixture(scope="session")
-def executorch_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the trained model, for all workers: not to be changed. See `shared`."""
-    return shared.once(tmp_path_factory, "executorch-fp32", shared.command_line)
+def _whole_export(target: str, recipe: str) -> Any:
+    name = f"{target}_{recipe}"
+    WHOLE_EXPORTS.add(name)
+
+    @pytest.fixture(scope="session", name=name)
+    def fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return shared.whole_export(tmp_path_factory, target, recipe)
+
+    return fixture
 
 
-@pytest.fixture(scope="session")
-def executorch_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another."""
-    return shared.once(tmp_path_factory, "executorch-int4", shared.int4)
-
-
-@pytest.fixture(scope="session")
-def executorch_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another."""
-    return shared.once(tmp_path_factory, "executorch-int8", shared.int8)
-
-
-@pytest.fixture(scope="session")
-def tensorrt_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the trained model with engines, for all workers: not to be changed."""
-    return shared.once(tmp_path_factory, "tensorrt-fp32", shared.tensorrt)
-
-
-@pytest.fixture(scope="session")
-def tensorrt_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another."""
-    return shared.once(tmp_path_factory, "tensorrt-int4", shared.tensorrt_int4)
+# Bundles of the trained model, for all workers: not to be changed. See `shared`.
+onnx_fp32 = _whole_export("onnx", "fp32")
+onnx_fp16 = _whole_export("onnx", "fp16")
+onnx_int8 = _whole_export("onnx", "int8")
+onnx_int4 = _whole_export("onnx", "int4")
+executorch_fp32 = _whole_export("executorch", "fp32")
+executorch_int8 = _whole_export("executorch", "int8")
+executorch_int4 = _whole_export("executorch", "int4")
+tensorrt_fp32 = _whole_export("tensorrt", "fp32")
+tensorrt_int4 = _whole_export("tensorrt", "int4")

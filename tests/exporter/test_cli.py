@@ -20,22 +20,18 @@ from fastvlm_export.exporter.checkpoint import BUNDLED_FOLDER
 from fastvlm_export.validate import proof
 from fastvlm_export.validate.latency import LatencyResult, Plan
 
+from .. import shared
 from .commands import Run, bad, command
+
+pytestmark = pytest.mark.xdist_group("onnx")
 
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("cli") / "bundle"
-    done = subprocess.run(
-        command("--target", "onnx", "--out", out, "--runs", 1, "--json"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return out, json.loads(done.stdout)
+def exported(onnx_fp32: Path) -> tuple[Path, dict[str, Any]]:
+    """The bundle, and what the command printed."""
+    return onnx_fp32, shared.said(onnx_fp32)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from fastvlm_export.validate.delegation import delegation
 
 from .commands import Run, bad
 
+pytestmark = pytest.mark.xdist_group("executorch")
+
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
 
 EXECUTORCH = ["--target", "executorch"]
@@ -109,14 +111,19 @@ def _row(run: Run, target: str) -> dict[str, Any]:
     return next(row for row in rows if row["target"] == target)
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(recipe, marks=pytest.mark.e2e) for recipe in ("fp32", "int4")],
+)
 def exported(request: pytest.FixtureRequest) -> tuple[Path, dict[str, Any]]:
     """A bundle of the bundled model, and the report in it."""
     out = request.getfixturevalue(f"executorch_{request.param}")
     return out, json.loads((out / "report" / "report.json").read_text())
 
 
-FP32 = pytest.mark.parametrize("exported", ["fp32"], indirect=True)
+FP32 = pytest.mark.parametrize(
+    "exported", [pytest.param("fp32", marks=pytest.mark.e2e)], indirect=True
+)
 
 
 def test_the_bundled_model_arrives_whole_and_is_proven(

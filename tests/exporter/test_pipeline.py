@@ -2,11 +2,11 @@
 
 import gc
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +23,10 @@ from fastvlm_export.targets.base import DEFAULTS, Array, Session, TokenIds
 from fastvlm_export.validate import proof
 from fastvlm_export.validate.proof import Reference
 
+from .. import shared
 from ..checkpoints import save_apple, tiny_config
+
+pytestmark = pytest.mark.xdist_group("onnx")
 
 
 class Louder:
@@ -89,52 +92,48 @@ def test_what_fails_is_kept_apart_and_the_old_bundle_stays(
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.fixture(scope="module")
-def originals() -> dict[int | None, proof.Original]:
-    """What the bundled model says, by the number of greedy tokens: the same under each recipe."""
-    return {}
+@pytest.fixture
+def exported(request: pytest.FixtureRequest) -> Path:
+    """A bundle of the bundled model under the recipe."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
 
 
-@pytest.mark.parametrize(("recipe", "points"), [("fp16", 0), ("int8", 1), ("int4", 2)])
-def test_each_recipe_keeps_its_promise_on_the_bundled_task(
-    tmp_path: Path,
-    recipe: str,
-    points: float,
-    originals: dict[int | None, proof.Original],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def run_original(*given: Any) -> proof.Original:
-        steps = given[-1]
-        if steps not in originals:
-            originals[steps] = proof.run_original(*given)
-        return originals[steps]
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("exported", "points"),
+    [("onnx_fp16", 0), ("onnx_int8", 1), ("onnx_int4", 2)],
+    indirect=["exported"],
+)
+def test_each_recipe_keeps_its_promise_on_the_bundled_task(exported: Path, points: float) -> None:
+    report = json.loads((exported / "report" / "report.json").read_text("utf-8"))
+    print(report["verdict"])
+    assert report["passed"]
+    assert report["quantization_loss"]["accuracy_points_lost"] <= points
+    answers = report["accuracy"]
+    lost = answers["original"]["right"] - answers["candidate"]["right"]
+    assert answers["candidate"]["total"] == shared.QUESTIONS
+    assert 100 * lost / shared.QUESTIONS <= points
 
-    monkeypatch.setattr(pipeline, "run_original", run_original)
-    out = tmp_path / "out"
-    steps = None if recipe == "int8" else 24  # the usual number takes its time
-    request = pipeline.ExportRequest(source=SourceRequest(), out=out, recipe=recipe, steps=steps)
-    (outcome,) = pipeline.export(request)
-    report = outcome.report
-    print(report.verdict)
-    assert outcome.passed
-    assert report.quantization is not None and report.quantization.answers is not None
-    assert report.quantization.answers.points_lost <= points
-    assert report.accuracy is not None
-    lost = report.accuracy.original.total.right - report.accuracy.candidate.total.right
-    assert 100 * lost / report.accuracy.candidate.total.total <= points
-
-    manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-    assert manifest["recipe"]["name"] == recipe
+    manifest = json.loads((exported / "manifest.json").read_text("utf-8"))
+    assert f"onnx_{manifest['recipe']['name']}" == exported.name.replace("-", "_")
     assert len(manifest["quantization"]["calibration"]["images"]) == 14
-    if recipe == "int4":  # the recipe and images are in the manifest: it can be proven anew
-        monkeypatch.setattr(proof, "QUESTIONS", 6)  # the export asked all of them
-        again = pipeline.validate(out, steps=8)
-        assert again.passed
-        assert again.report.recipe == recipe
-        manifest["quantization"]["calibration"]["images"].popitem()
-        (out / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-        with pytest.raises(ExportError, match="calibrated on 13 other images"):
-            pipeline.validate(out)
+
+
+def test_a_quantized_bundle_can_be_proven_anew(
+    onnx_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe and the names of the images are in the manifest."""
+    monkeypatch.setattr(proof, "QUESTIONS", 6)  # the export asked more of them
+    out = Path(shutil.copytree(onnx_int4, tmp_path / "out"))
+    again = pipeline.validate(out, steps=8)
+    assert again.passed
+    assert again.report.recipe == "int4"
+    manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    manifest["quantization"]["calibration"]["images"].popitem()
+    (out / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(ExportError, match="calibrated on 13 other images"):
+        pipeline.validate(out)
 
 
 class Model:

@@ -23,6 +23,8 @@ from .commands import Run, bad
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
+pytestmark = pytest.mark.xdist_group("tensorrt")
+
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
 TENSORRT = ["--target", "tensorrt"]
 
@@ -128,14 +130,19 @@ def test_capabilities_are_spelled_as_people_do(
     assert options.capabilities(text) == expected
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(recipe, marks=pytest.mark.e2e) for recipe in ("fp32", "int4")],
+)
 def exported(request: pytest.FixtureRequest) -> tuple[Path, dict[str, Any]]:
     """A bundle of the bundled model, and the report in it."""
     out = request.getfixturevalue(f"tensorrt_{request.param}")
     return out, json.loads((out / "report" / "report.json").read_text())
 
 
-FP32 = pytest.mark.parametrize("exported", ["fp32"], indirect=True)
+FP32 = pytest.mark.parametrize(
+    "exported", [pytest.param("fp32", marks=pytest.mark.e2e)], indirect=True
+)
 
 
 def test_the_bundled_model_arrives_whole_and_is_proven(

@@ -1,7 +1,7 @@
 """A small random FastVLM whose answers depend on the image, a tokenizer, and its ONNX folder."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,10 @@ from fastvlm_export.quantize.recipes import RECIPES, Recipe
 from fastvlm_export.targets import onnx, onnx_files
 from fastvlm_export.targets.base import Array
 
+from .. import shared
 from ..shared import once
+
+E2E = pytest.mark.e2e
 
 RESOLUTION, CONTEXT = 128, 160
 
@@ -43,10 +46,10 @@ class Small:
     spec: ExportSpec
     recipe: Recipe
     folder: Path
-    traced: Callable[[], dict[str, ExportedProgram]]
+    traced: Callable[[], Mapping[str, ExportedProgram]]
 
     @property
-    def programs(self) -> dict[str, ExportedProgram]:
+    def programs(self) -> Mapping[str, ExportedProgram]:
         return self.traced()
 
     @property
@@ -241,23 +244,31 @@ def in_data_files() -> Iterator[None]:
         yield
 
 
-def bundled_model(factory: pytest.TempPathFactory, recipe: str) -> Small:
+def _bundled(folder: Path, recipe: str) -> Small:
     checkpoint = checkpoints.bundled()
     spec = pipeline.contract(checkpoint, None, None)
-    return export(factory, f"bundled-{recipe}", checkpoint.model(), spec, RECIPES[recipe])
+
+    def traced() -> Mapping[str, ExportedProgram]:
+        found = shared.programs("onnx", recipe)
+        model = checkpoint.model()
+        return found or programs_once(f"bundled-{recipe}", model, spec, RECIPES[recipe])
+
+    return Small(
+        model=checkpoint.model(), spec=spec, recipe=RECIPES[recipe], folder=folder, traced=traced
+    )
 
 
 @pytest.fixture(scope="session")
-def bundled(tmp_path_factory: pytest.TempPathFactory) -> Small:
+def bundled(onnx_fp32: Path) -> Small:
     """The trained model that comes with the package."""
-    return bundled_model(tmp_path_factory, "fp32")
+    return _bundled(onnx_fp32, "fp32")
 
 
-@pytest.fixture(scope="session", params=["fp16", "int8", "int4"])
-def bundled_quantized(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Small:
-    return bundled_model(tmp_path_factory, request.param)
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=E2E) for name in ("fp16", "int8", "int4")]
+)
+def bundled_quantized(request: pytest.FixtureRequest) -> Small:
+    return _bundled(request.getfixturevalue(f"onnx_{request.param}"), request.param)
 
 
 @pytest.fixture(scope="session")
@@ -270,8 +281,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def int4_programs() -> dict[str, ExportedProgram]:
-    """The programs that the bundle `executorch_int4` was lowered from, made once more."""
+def int4_programs(executorch_int4: Path) -> Mapping[str, ExportedProgram]:
+    """The programs that the bundle `executorch_int4` was lowered from."""
+    found = shared.programs("executorch", "int4")
+    if found:
+        return found
     from fastvlm_export.targets import executorch  # noqa: PLC0415
 
     checkpoint = checkpoints.bundled()

@@ -24,12 +24,19 @@ from fastvlm_export.targets.generation import PromptInputs, generate
 from fastvlm_export.validate import accuracy, digits
 from fastvlm_export.validate.stock_runner import answers
 
+pytestmark = pytest.mark.xdist_group("executorch")
+
 TOKENS, QUESTIONS = 64, 90
 END = 2**31 - 1  # an id that no vocabulary has
 
 
 @pytest.fixture(
-    scope="module", params=["fp32", "int4", pytest.param("int8", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        pytest.param("fp32", marks=pytest.mark.e2e),
+        pytest.param("int4", marks=pytest.mark.e2e),
+        pytest.param("int8", marks=pytest.mark.slow),
+    ],
 )
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     return open_bundle(request.getfixturevalue(f"executorch_{request.param}"))
@@ -136,7 +143,7 @@ def test_the_runner_answers_the_bundled_task_as_we_do(
     assert ours.total.value >= 0.95
 
 
-@pytest.mark.parametrize("bundle", ["fp32"], indirect=True)
+@pytest.mark.parametrize("bundle", [pytest.param("fp32", marks=pytest.mark.e2e)], indirect=True)
 def test_a_damaged_bundle_ends_the_runner_not_us(bundle: Bundle, tmp_path: Path) -> None:
     content = (bundle.path / PROGRAM).read_bytes()
     (tmp_path / PROGRAM).write_bytes(content[: len(content) // 2])

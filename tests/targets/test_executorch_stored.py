@@ -1,6 +1,6 @@
 """A bundle, one stored number changed at a time, against the programs that it was made from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,8 @@ from fastvlm_export.validate.parity_types import Stage
 from fastvlm_export.validate.stored import compare_stored
 from fastvlm_export.validate.stored_types import StoredWeights
 
+pytestmark = pytest.mark.xdist_group("executorch")
+
 Named = dict[str, Tensor]
 
 
@@ -30,7 +32,7 @@ Named = dict[str, Tensor]
 class Written:
     """Programs and the folder of the file that they were lowered to."""
 
-    programs: dict[str, ExportedProgram]
+    programs: Mapping[str, ExportedProgram]
     folder: Path
 
     def compare(self, folder: Path | None = None) -> StoredWeights:
@@ -52,7 +54,7 @@ class Written:
 
 
 @pytest.fixture(scope="module")
-def written(executorch_int4: Path, int4_programs: dict[str, ExportedProgram]) -> Written:
+def written(executorch_int4: Path, int4_programs: Mapping[str, ExportedProgram]) -> Written:
     """All kinds of numbers: 4 and 8 bits, static and affine layers, and convolutions in float32."""
     return Written(programs=int4_programs, folder=executorch_int4)
 

@@ -1,6 +1,7 @@
 """The image encoder as XNNPACK takes it: the same function in one delegate, the same integers."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ from fastvlm_export.targets.executorch_vision import channel_norm, vision_method
 from fastvlm_export.targets.executorch_xnn import xnn_constant, xnn_graph
 
 from ..conftest import randomize
+
+pytestmark = pytest.mark.xdist_group("executorch")
 
 ROUNDING = 1e-5  # of the largest feature
 
@@ -105,7 +108,7 @@ def test_the_odd_encoder_is_one_delegate_and_the_same_function(odd: Graph, tmp_p
 
 
 def test_integers_of_the_trained_model_arrive_as_they_are(
-    executorch_int4: Path, int4_programs: dict[str, ExportedProgram]
+    executorch_int4: Path, int4_programs: Mapping[str, ExportedProgram]
 ) -> None:
     """Its tower has 8 bits under every recipe with integers."""
     program, path = int4_programs["vision"], executorch_int4 / PROGRAM

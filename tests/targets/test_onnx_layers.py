@@ -29,6 +29,8 @@ from fastvlm_export.targets.onnx_session import load_graph
 
 from .conftest import Small
 
+pytestmark = pytest.mark.xdist_group("onnx")
+
 ROUND = torch.ops.quantized_decomposed.quantize_per_tensor.default
 
 BEYOND = 1e-3
@@ -202,7 +204,12 @@ def test_layers_of_a_random_model_differ_by_rounding(quantized: Small, tmp_path:
     check(quantized, tmp_path)
 
 
-@pytest.mark.parametrize("bundled_quantized", ["int8"], indirect=True)
+BUNDLED_INT8 = pytest.mark.parametrize(
+    "bundled_quantized", [pytest.param("int8", marks=pytest.mark.e2e)], indirect=True
+)
+
+
+@BUNDLED_INT8
 def test_layers_of_the_trained_model_differ_by_rounding(
     bundled_quantized: Small, tmp_path: Path
 ) -> None:
@@ -278,7 +285,7 @@ FAULTS: dict[str, Callable[[ModelProto], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("bundled_quantized", ["int8"], indirect=True)
+@BUNDLED_INT8
 def test_a_fault_is_named_by_its_quantizer(
     bundled_quantized: Small, fault: str, tmp_path: Path
 ) -> None:
@@ -288,7 +295,7 @@ def test_a_fault_is_named_by_its_quantizer(
     assert broken(program, Artifact(model, tmp_path), images[-2:]) == [expected]
 
 
-@pytest.mark.parametrize("bundled_quantized", ["int8"], indirect=True)
+@BUNDLED_INT8
 def test_a_quantizer_of_another_scale_is_refused(bundled_quantized: Small, tmp_path: Path) -> None:
     model = onnx.load(bundled_quantized.paths["vision"])
     rounding = [node for node in model.graph.node if node.op_type == "QuantizeLinear"][3]

@@ -18,6 +18,8 @@ from fastvlm_export.targets.base import Session
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
 
+pytestmark = pytest.mark.xdist_group("onnx")
+
 CLIENT = Path(__file__).parent / "transformers_js"
 QUESTION = "Read the number."
 NEW_TOKENS = 24
