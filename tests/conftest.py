@@ -3,6 +3,12 @@ import os
 
 # Models this small only lose by sharing the cores; children inherit it. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else threads that wait for each other burn a core: of PyTorch's, most of the time there is.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Sessions start a thread for each core that they may use, and those wait like this, too.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(_cores)]})
 
 from pathlib import Path
 from typing import Any
