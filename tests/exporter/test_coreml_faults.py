@@ -26,6 +26,8 @@ from fastvlm_export.validate.report import Report
 with quiet_import():
     from coremltools.proto import MIL_pb2, Model_pb2
 
+pytestmark = pytest.mark.e2e
+
 DATA = Path("Data/com.apple.CoreML")
 
 

@@ -30,6 +30,8 @@ from ..targets.small_coreml import CAPACITY, CHUNK, small_coreml
 with quiet_import():
     from coremltools.proto import MIL_pb2, Model_pb2
 
+pytestmark = pytest.mark.xdist_group("coreml")
+
 DATA = Path("Data/com.apple.CoreML")
 
 
@@ -64,7 +66,6 @@ def write(model: FastVLM, recipe: Recipe, folder: Path) -> Written:
     return Written(programs=programs, folder=folder)
 
 
-# From the end: another worker may be at test_coreml.py, and begins with the first.
 @pytest.fixture(
     scope="module", params=["asymmetric", "lut6", "lut4", "int4", "int8", "fp16", "fp32"]
 )
