@@ -133,9 +133,11 @@ def test_the_bundled_model_arrives_whole_and_is_proven(
     assert report["passed"]
     assert report["runtime"] == {"name": "ExecuTorch", "device": True}
     greedy = [one for one in report["parity"]["measurements"] if one["stage"] == "greedy"]
-    assert all(one["numbers"]["matching"] == one["numbers"]["tokens"] for one in greedy)
-    tokens = 64 if report["recipe"] == "fp32" else 32
-    assert all(one["numbers"]["tokens"] + one["numbers"]["ties"] >= tokens for one in greedy)
+    answered, equal = (sum(one["numbers"][key] for one in greedy) for key in ("tokens", "matching"))
+    # Integers flip where floats differ in their last bits, and another token goes another way.
+    assert equal >= (1 if report["recipe"] == "fp32" else 0.95) * answered > 100
+    if report["recipe"] == "fp32":
+        assert all(one["numbers"]["tokens"] + one["numbers"]["ties"] >= 64 for one in greedy)
     answers = report["accuracy"]["candidate"]
     assert answers["total"] >= 150
     assert answers["right"] >= 0.98 * answers["total"]
