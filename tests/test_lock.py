@@ -1,6 +1,8 @@
 """The lock file and the tested ranges: complete, exact, and tied to no package index."""
 
+import ast
 import re
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -90,6 +92,41 @@ def _installed_as_locked(name: str, locked: dict[str, str]) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return name in locked and installed.public == locked[name]
+
+
+NAMED_OTHERWISE = {
+    "PIL": "pillow",
+    "cuda": "cuda-bindings",
+    "google": "protobuf",
+    "onnx_ir": "onnx-ir",
+    "sklearn": "scikit-learn",
+}
+"""Modules whose distribution has another name."""
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """Not only brought along by another package, which may stop doing so."""
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    development = {str(Requirement(line)) for line in extras["dev"]}
+    declared = {one.name for one in _direct() if str(one) not in development}
+    missing: dict[str, str] = {}
+    for room in ("exporter", "quantize", "targets", "validate"):
+        for path in (ROOT / room).rglob("*.py"):
+            for module in _imported(ast.parse(path.read_text("utf-8"))):
+                name = NAMED_OTHERWISE.get(module, module)
+                if module not in sys.stdlib_module_names and name not in declared:
+                    missing[name] = str(path.relative_to(ROOT))
+    assert missing == {}
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
 
 
 def test_no_build_of_torch_is_forced() -> None:

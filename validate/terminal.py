@@ -209,10 +209,11 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each target can do here, and below it each of its backends where it has a choice."""
     table = _table("Targets")
     table.add_column("Target", no_wrap=True)
-    for name in ("Export here", "Run here", "Recipes", "Versions"):
+    for name in ("Export here", "Run here", "Recipes"):
         table.add_column(name)
+    table.add_column("Versions", overflow="fold")
     for row in rows:
-        found = ", ".join(formats.lines(row["versions"]))
+        found = "\n".join(f"{name} {version}" for name, version in row["versions"].items())
         table.add_row(*_target(row, Text(row["target"], "bold"), found))
         for backend in row["backends"]:
             table.add_row(*_target(backend, Text(f"  {backend['backend']}"), ""))
@@ -227,9 +228,8 @@ def target_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     for row in rows:
         notes += [f"{row['target']}: {row['remedy']}"] if row["remedy"] else []
-        for backend in row["backends"]:
-            name = f"{row['target']} --backend {backend['backend']}"
-            notes += [f"{name}: {backend['remedy']}"] if backend["remedy"] else []
+        remedies = [backend["remedy"] for backend in row["backends"]]
+        notes += [f"{row['target']}: {remedy}" for remedy in remedies if remedy]
     for row in rows:
         notes += [untested(one) for one in row["untested"]]
     return list(dict.fromkeys(notes))
