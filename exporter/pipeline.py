@@ -351,6 +351,7 @@ def _report(
         ),
         quantized=record if record and record.recipe.quantized else None,
         quantization=proof.quantization,
+        contract=proof.contract,
         parity=proof.parity,
         exact=proof.exact,
         stored=proof.stored,

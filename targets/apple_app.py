@@ -16,6 +16,7 @@ float32 [1,N,features]. MLX computes the rest from `model.safetensors` (`apple_a
   layers, applied to those with `scales` in the weights; a missing or an unused tensor is an error.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ from .coreml_model import EXPORT_APP_HINT, FEATURES, MAIN, OpenModel
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from .apple_app_weights import Affine, Parts
+
 LAYOUT = "apple-app"
 PACKAGE = "fastvithd.mlpackage"
 IMAGES = "images"
@@ -42,6 +45,8 @@ PATCH = 64
 """Pixels of an image token's side, as the app counts them."""
 
 _RELEASED = (256, 3072)
+_OF_WEIGHTS = ("tie_word_embeddings", "quantization")
+"""What `config.json` says of the stored weights."""
 
 
 def spec_problems(spec: ExportSpec) -> list[str]:
@@ -94,12 +99,42 @@ def write(
     modules = apple_app_weights.modules_of(programs)
     form = apple_app_weights.affine(modules, recipe)
     apple_app_weights.save(apple_app_weights.tensors(modules, form), out)
+    client_files.write_json(_files(spec, modules, form), out)
+
+
+def files(
+    spec: ExportSpec,
+    recipe: Recipe,
+    programs: "Mapping[str, ExportedProgram] | None",
+    folder: Path,
+) -> dict[str, Any]:
+    """Name -> content of the JSON files that `write` writes.
+
+    Without programs, what `config.json` says of the stored weights is what it says in `folder`:
+    the weights are opened by it.
+    """
+    from . import apple_app_weights  # noqa: PLC0415 - imports torch
+
+    if programs is not None:
+        modules = apple_app_weights.modules_of(programs)
+        return _files(spec, modules, apple_app_weights.affine(modules, recipe))
+    found = _files(spec, {}, None)
+    stated = json.loads((folder / "config.json").read_text("utf-8"))
+    kept = {key: stated[key] for key in _OF_WEIGHTS if key in stated}
+    return found | {"config.json": found["config.json"] | kept}
+
+
+def _files(
+    spec: ExportSpec, modules: "Mapping[str, Parts]", form: "Affine | None"
+) -> dict[str, Any]:
+    from . import client_files  # noqa: PLC0415 - as above
+
     tied = HEAD not in modules
-    files = {**client_files.client_files(spec), "config.json": config(spec, tied=tied)}
+    found = {**client_files.client_files(spec), "config.json": config(spec, tied=tied)}
     if form is not None:
-        files["config.json"]["quantization"] = form.to_dict()
-    files["tokenizer_config.json"]["added_tokens_decoder"] = _added(files["tokenizer.json"])
-    client_files.write_json(files, out)
+        found["config.json"]["quantization"] = form.to_dict()
+    found["tokenizer_config.json"]["added_tokens_decoder"] = _added(found["tokenizer.json"])
+    return found
 
 
 def config(spec: ExportSpec, *, tied: bool) -> dict[str, Any]:

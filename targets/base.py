@@ -1,10 +1,10 @@
 """What every target provides, and the one interface that every artifact opens as."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import psutil
@@ -67,6 +67,18 @@ class Artifact:
     """graph -> "inputs" or "outputs" -> tensor name -> "float32[1,3,256,256]"."""
     details: Mapping[str, str | int] = field(default_factory=dict)
     """What a client must know besides, for the manifest: layout, prefill chunk, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """What a part of a bundle says beside its numbers, and what it should say, as JSON values.
+
+    `where` is a file of the bundle. `found` is None where there is no such file.
+    """
+
+    where: str
+    found: Any
+    wanted: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +180,19 @@ class Target(Protocol):
         """Write the artifact's files below the existing, empty folder `out`.
 
         The programs are the recipe's already: it says how to name things.
+        """
+        ...
+
+    def statements(
+        self,
+        bundle: "Bundle",
+        spec: "ExportSpec",
+        programs: "Callable[[], Mapping[str, ExportedProgram]] | None",
+    ) -> Iterable[Statement]:
+        """What clients read of a bundle beside its numbers: their files, the manifest's `graphs`.
+
+        `programs` gives what was lowered, where that is known. Raises ExportError for an artifact
+        that can't be read.
         """
         ...
 

@@ -5,7 +5,7 @@ Transformers.js and Apple's FastVLM app read the same names; each adds keys of i
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from tokenizers import Tokenizer as Inner
 from ..exporter.errors import ExportError
 from ..exporter.prompt import IMAGE_TOKEN, SYSTEM
 from ..exporter.spec import ExportSpec
+from .base import Statement
 
 BICUBIC = 3  # PIL's number for it
+TOKENIZER = "tokenizer.json"
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -39,6 +41,41 @@ def write_json(files: Mapping[str, Any], out: Path) -> None:
     """Write each name's content into the folder `out`."""
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def statements(files: Mapping[str, Any], folder: Path) -> Iterator[Statement]:
+    """Each name's content as it lies in the folder, beside what `write_json` would write.
+
+    A tokenizer is compared as the installed library reads it: another version of that library
+    writes the same tokenizer with other keys.
+    """
+    for name, content in files.items():
+        wanted = json.loads(json.dumps(content))
+        found = _read(folder / name)
+        if name == TOKENIZER:
+            found, wanted = _as_read(found), _as_read(wanted)
+        yield Statement(where=name, found=found, wanted=wanted)
+
+
+def _read(path: Path) -> Any:
+    """A JSON file's content, or its text where that is no JSON; None where it is missing."""
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot be read: {error}"
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _as_read(content: Any) -> Any:
+    try:
+        return json.loads(Inner.from_str(json.dumps(content)).to_str())
+    except Exception:  # `tokenizers` raises plain Exception for what is no tokenizer
+        return content
 
 
 def client_files(spec: ExportSpec) -> dict[str, Any]:

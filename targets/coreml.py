@@ -8,7 +8,7 @@ the oldest system that is built for.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from ..exporter.bundle import Bundle
 from ..exporter.spec import ExportSpec
 from ..exporter.versions import version_of
-from ..quantize.recipes import RECIPES, Recipe
+from ..quantize.recipes import RECIPES, Recipe, recorded
 from . import apple_app, apple_app_recipes, coreml_recipes
-from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
+from .base import DEFAULTS, Artifact, Availability, Options, Session, Statement, foreign_options
 from .coreml_model import OpenModel
 
 if TYPE_CHECKING:
@@ -115,6 +115,24 @@ def lower(
     return Artifact(graphs=graphs, details=details)
 
 
+def statements(
+    bundle: Bundle,
+    spec: ExportSpec,
+    programs: "Callable[[], Mapping[str, ExportedProgram]] | None",
+) -> Iterator[Statement]:
+    """The files beside the packages, and what the packages say of themselves."""
+    from . import client_files, coreml_described, coreml_graphs  # noqa: PLC0415 - import coremltools
+
+    manifest = bundle.manifest
+    yield coreml_described.statement(bundle, spec)
+    if manifest.artifact.get("layout") == apple_app.LAYOUT:
+        recipe = recorded(manifest.recipe)
+        files = apple_app.files(spec, recipe, programs() if programs else None, bundle.path)
+    else:
+        files = coreml_graphs.json_files(spec)
+    yield from client_files.statements(files, bundle.path)
+
+
 def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target gives it
     """Load the packages into Core ML, on all compute units. Raises ExportError off a Mac."""
     from .coreml_session import open_mlmodel  # noqa: PLC0415 - imports coremltools
@@ -144,4 +162,5 @@ __all__ = [
     "option_problems",
     "problems",
     "session",
+    "statements",
 ]

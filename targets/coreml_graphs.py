@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -67,13 +68,17 @@ def write(
     }
     for name, parts in functions.items():
         save(parts, target, out / name)
-    files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
-    client_files.write_json(files, out)
+    client_files.write_json(json_files(spec), out)
     return {
         f"{Path(name).stem}.{function}": _signature(given, outputs[given.output])
         for name, parts in functions.items()
         for function, given in parts.items()
     }
+
+
+def json_files(spec: ExportSpec) -> dict[str, Any]:
+    """Name -> content of the files beside the packages."""
+    return {"config.json": client_files.config(spec), **client_files.client_files(spec)}
 
 
 def write_tower(program: ExportedProgram, target: str, path: Path) -> Graphs:

@@ -6,18 +6,18 @@ the stock runtime registers by itself.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..exporter.bundle import Bundle
+from ..exporter.bundle import MANIFEST, Bundle
 from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..exporter.versions import version_of
 from ..quantize.recipes import Recipe
 from . import client_files, executorch_backends, executorch_recipes
-from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
+from .base import DEFAULTS, Artifact, Availability, Options, Session, Statement, foreign_options
 from .executorch_model import DECODER, EMBEDDING, PROGRAM, VISION, WEIGHTS, Backend
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def lower(
     (out / PROGRAM).write_bytes(lowered.pte)
     if lowered.ptd is not None:
         (out / WEIGHTS).write_bytes(lowered.ptd)
-    _write_client_files(spec, out)
+    client_files.write_json(_client_files(spec), out)
     return Artifact(
         graphs=_graphs(spec),
         details={"backend": backend.value, "external_weights": int(external)},
@@ -174,12 +174,46 @@ def _graphs(spec: ExportSpec) -> dict[str, dict[str, dict[str, str]]]:
     }
 
 
-def _write_client_files(spec: ExportSpec, out: Path) -> None:
+def _client_files(spec: ExportSpec) -> dict[str, Any]:
     files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
     if spec.image_token_id >= spec.decoder.vocab_size:
         # The tokenizer with it would have more ids than there are logits; no text has it here.
         files["tokenizer.json"] = json.loads(spec.tokenizer.to_json())
-    client_files.write_json(files, out)
+    return files
+
+
+def statements(
+    bundle: Bundle,
+    spec: ExportSpec,
+    programs: "Callable[[], Mapping[str, ExportedProgram]] | None",
+) -> Iterator[Statement]:
+    """The client's files, the methods' interfaces, and what the program's constant methods return.
+
+    That the methods are as `graphs` has them, `open` checks.
+    """
+    from .executorch_file import read  # noqa: PLC0415 - only where it is needed
+
+    manifest, weights = bundle.manifest, bundle.path / WEIGHTS
+    external = weights.exists()
+    file = read(bundle.path / PROGRAM, weights if external else None)
+    yield Statement(
+        where=MANIFEST,
+        found={"graphs": manifest.graphs, "artifact": manifest.artifact},
+        wanted={
+            "graphs": _graphs(spec),
+            "artifact": {
+                "backend": manifest.artifact.get("backend"),
+                "external_weights": int(external),
+            },
+        },
+    )
+    said = {name: list(values) for name, values in file.constant_methods.items()}
+    wanted = {
+        name: list(value) if isinstance(value, list) else [value]
+        for name, value in constants(spec).items()
+    }
+    yield Statement(where=PROGRAM, found=said, wanted=wanted)
+    yield from client_files.statements(_client_files(spec), bundle.path)
 
 
 def open(bundle: Bundle) -> Session:  # noqa: A001 - the name that every target gives it
@@ -200,4 +234,5 @@ __all__ = [
     "open",
     "option_problems",
     "problems",
+    "statements",
 ]

@@ -1,17 +1,17 @@
 """ONNX: one folder that Transformers.js runs as it is, and ONNX Runtime runs here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..exporter.bundle import Bundle
+from ..exporter.bundle import MANIFEST, Bundle
 from ..exporter.errors import ExportError
 from ..exporter.spec import ExportSpec
 from ..exporter.versions import version_of
-from ..quantize.recipes import Float, Recipe
+from ..quantize.recipes import Float, Recipe, recorded
 from . import onnx_recipes
-from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
+from .base import DEFAULTS, Artifact, Availability, Options, Session, Statement, foreign_options
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -115,6 +115,27 @@ def lower(
     return Artifact(graphs={n: onnx_lowering.signature(names[n], models[n]) for n in STEMS})
 
 
+def statements(
+    bundle: Bundle,
+    spec: ExportSpec,
+    programs: "Callable[[], Mapping[str, ExportedProgram]] | None",
+) -> Iterator[Statement]:
+    """The client's files, and the graphs' interfaces as the ONNX files have them."""
+    from . import client_files, onnx_lowering, transformers_js  # noqa: PLC0415 - imports torch
+
+    files = paths(bundle)
+    written = {name: onnx_lowering.saved_signature(path) for name, path in files.items()}
+    yield Statement(
+        where=MANIFEST, found={"graphs": bundle.manifest.graphs}, wanted={"graphs": written}
+    )
+    chunks = {
+        path.name: sum(file.startswith(f"onnx/{path.name}_data") for file in bundle.manifest.files)
+        for path in files.values()
+    }
+    dtype = client_dtype(recorded(bundle.manifest.recipe))
+    yield from client_files.statements(transformers_js.files(spec, dtype, chunks), bundle.path)
+
+
 def open(bundle: Bundle, *, exact: bool = False) -> Session:  # noqa: A001 - each target's name
     """Load the three graphs into ONNX Runtime; `exact`: with nothing rounded, see `onnx_exact`.
 
@@ -151,4 +172,5 @@ __all__ = [
     "open",
     "option_problems",
     "problems",
+    "statements",
 ]

@@ -3,16 +3,20 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import Sequential, common
 from onnxscript import opset23 as op
 from torch.export import ExportedProgram
 
+from ..exporter.bundle import VALIDATE_HINT
 from ..exporter.config import DecoderConfig
+from ..exporter.errors import ExportError
 from ..exporter.graphs import cache_names
 from . import onnx_attention, onnx_quantized
 from .onnx_rewrites import rewrite
@@ -203,6 +207,24 @@ def signature(names: Interface, model: ir.Model) -> dict[str, dict[str, str]]:
             for value in values
         }
     return found
+
+
+def saved_signature(path: Path) -> dict[str, dict[str, str]]:
+    """As `signature`, of a saved graph. Raises ExportError where it can't be read."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+        return {
+            "inputs": {one.name: _written(one) for one in model.graph.input},
+            "outputs": {one.name: _written(one) for one in model.graph.output},
+        }
+    except (OSError, DecodeError, KeyError) as error:
+        raise ExportError(f"{path} can't be read: {error}", VALIDATE_HINT) from error
+
+
+def _written(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    sizes = (dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
+    return f"{onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)}[{','.join(sizes)}]"
 
 
 def _dtype(value: ir.Value) -> str:

@@ -5,22 +5,34 @@ themselves, built without a GPU. TensorRT builds where its GPU is: `fastvlm-expo
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..exporter.bundle import Bundle
+from ..exporter.bundle import MANIFEST, Bundle
 from ..exporter.spec import ExportSpec
 from ..exporter.versions import version_of
-from ..quantize.recipes import Recipe
+from ..quantize.recipes import Recipe, recorded
 from . import tensorrt_device as device
 from . import tensorrt_gpus, tensorrt_recipes
 from . import tensorrt_package as packages
-from .base import DEFAULTS, Artifact, Availability, Options, Session, foreign_options
+from .base import DEFAULTS, Artifact, Availability, Options, Session, Statement, foreign_options
 from .tensorrt_package import Backend
-from .tensorrt_plan import FLOATS, GRAPHS, GraphPlan, Plan, engine_file, onnx_file, profiles
+from .tensorrt_plan import (
+    FLOATS,
+    GRAPHS,
+    PLAN,
+    GraphPlan,
+    Plan,
+    engine_file,
+    onnx_file,
+    profiles,
+    read_plan,
+)
+from .tensorrt_record import read_record
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -137,16 +149,73 @@ def lower(
     lowered = tensorrt_lowering.write(programs, spec, out)
     plan = plan_of(lowered, spec, recipe, options)
     tensorrt_build.write_plan(out, plan)
-    files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
-    if spec.image_token_id >= spec.decoder.vocab_size:
-        files["tokenizer.json"] = json.loads(spec.tokenizer.to_json())
-    client_files.write_json(files, out)
+    client_files.write_json(_client_files(spec), out)
     gpu = gpu_to_build_on(plan.backend)
     record = tensorrt_build.build(
         out, lambda _: None, engines=plan.backend is Backend.RTX or bool(gpu), gpu=gpu
     )
     graphs = {name: lowered[name].signature for name in GRAPHS}
     return Artifact(graphs=graphs, details=details(record))
+
+
+def _client_files(spec: ExportSpec) -> dict[str, Any]:
+    from . import client_files  # noqa: PLC0415 - imports tokenizers
+
+    files = {"config.json": client_files.config(spec), **client_files.client_files(spec)}
+    if spec.image_token_id >= spec.decoder.vocab_size:
+        files["tokenizer.json"] = json.loads(spec.tokenizer.to_json())
+    return files
+
+
+def statements(
+    bundle: Bundle,
+    spec: ExportSpec,
+    programs: "Callable[[], Mapping[str, ExportedProgram]] | None",
+) -> Iterator[Statement]:
+    """The client's files, the graphs' interfaces, and the plan and record of the build."""
+    from . import client_files, onnx_lowering  # noqa: PLC0415 - imports torch
+
+    manifest, plan = bundle.manifest, read_plan(bundle.path)
+    written = {
+        name: onnx_lowering.saved_signature(bundle.path / onnx_file(name)) for name in GRAPHS
+    }
+    yield Statement(
+        where=MANIFEST,
+        found={"graphs": manifest.graphs, "artifact": manifest.artifact},
+        wanted={"graphs": written, "artifact": details(read_record(bundle.path))},
+    )
+    yield Statement(
+        where=PLAN,
+        found={
+            "context": plan.context,
+            "float_type": plan.float_type,
+            "graphs": {
+                name: {
+                    "inputs": one.inputs,
+                    "outputs": one.outputs,
+                    "profiles": [asdict(profile) for profile in one.profiles],
+                }
+                for name, one in plan.graphs.items()
+            },
+        },
+        wanted={
+            "context": spec.context,
+            "float_type": FLOATS[recorded(manifest.recipe).float_format],
+            "graphs": {
+                name: {
+                    **written[name],
+                    "profiles": [
+                        asdict(profile)
+                        for profile in profiles(
+                            written[name]["inputs"], spec.context, spec.image_tokens
+                        )
+                    ],
+                }
+                for name in GRAPHS
+            },
+        },
+    )
+    yield from client_files.statements(_client_files(spec), bundle.path)
 
 
 def plan_of(
@@ -211,4 +280,5 @@ __all__ = [
     "open",
     "option_problems",
     "problems",
+    "statements",
 ]

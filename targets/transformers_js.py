@@ -11,8 +11,12 @@ from .client_files import patch_size, tokenizer, tokenizer_config
 
 def write_client_files(spec: ExportSpec, dtype: str, chunks: Mapping[str, int], out: Path) -> None:
     """Write the six JSON files into `out`. `chunks`: file name -> its external data files."""
-    files = {"config.json": config(spec, dtype, chunks), **client_files.client_files(spec)}
-    client_files.write_json(files, out)
+    client_files.write_json(files(spec, dtype, chunks), out)
+
+
+def files(spec: ExportSpec, dtype: str, chunks: Mapping[str, int]) -> dict[str, Any]:
+    """Name -> content of what `write_client_files` writes."""
+    return {"config.json": config(spec, dtype, chunks), **client_files.client_files(spec)}
 
 
 def config(spec: ExportSpec, dtype: str, chunks: Mapping[str, int]) -> dict[str, Any]:

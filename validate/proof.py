@@ -26,6 +26,7 @@ from ..targets.eager import EagerSession
 from . import accuracy, digits, latency, parity
 from .accuracy import AccuracyReport
 from .checks import Check
+from .contract import Contract, compare_contract
 from .delegation import Delegation, delegation, has_delegation
 from .digits import Question
 from .latency import Backend, LatencyResult, Plan, Subject
@@ -143,6 +144,7 @@ class Proof:
     `placement` where a program has nothing to hand over to, `engines` where there are none.
     """
 
+    contract: Contract
     parity: ParityResult
     exact: ParityResult | None
     accuracy: Accuracy | None
@@ -262,6 +264,8 @@ def prove(
     say. `images` are those of the baseline. With a `plan` the bundle is timed, beside `peer` where
     there is one.
     """
+    clock.stage("Check what clients read")
+    contract = compare_contract(bundle, baseline.reference)
     stored = _stored(baseline.reference, bundle, clock)
     gc.collect()  # graph modules refer to themselves: the reference's memory is wanted back
     placement = _placement(bundle, clock) if has_delegation(bundle) else None
@@ -290,12 +294,13 @@ def prove(
             limit=limits.answers,
         )
     del candidate  # what comes next needs the memory
-    exact = _without_rounding(baseline, bundle, cases, clock) if has_exact(bundle) else None
+    exact = without_rounding(baseline, bundle, images, clock)
     timed = None
     if plan and runtime(bundle).device:
         clock.stage("Measure latency")
         timed = time_bundle(bundle, images[0], plan, clock.detail, peer)
     return Proof(
+        contract=contract,
         parity=compared,
         exact=exact,
         accuracy=answers,
@@ -340,18 +345,25 @@ def _stored(reference: Reference, bundle: Bundle, clock: Clock) -> StoredWeights
     return compare_stored(bundle, reference.programs())
 
 
-def _without_rounding(
-    baseline: Baseline, bundle: Bundle, cases: Sequence[Case], clock: Clock
-) -> ParityResult:
-    """Both sides computed without rounding: they are the same real numbers, or one is wrong."""
+def without_rounding(
+    baseline: Baseline, bundle: Bundle, images: Sequence[Sample], clock: Clock
+) -> ParityResult | None:
+    """Both sides computed without rounding: they are the same real numbers, or one is wrong.
+
+    None where the bundle can't be computed like that. `images` are the baseline's.
+    """
+    if not has_exact(bundle):
+        return None
     if baseline.exact is None:
         raise ValueError(f"{bundle.path} has an exact form, and its reference was not asked for it")
     gc.collect()
     clock.stage("Check parity without rounding")
     limits = exact_limits(baseline.reference.recipe)
     session = open_session(bundle, exact=True)
-    compared = cases[: len(baseline.exact)]
-    return parity.compare(baseline.exact, compared, session, limits, clock.detail)
+    tokenizer = read_tokenizer(bundle.path)
+    shown = images[: len(baseline.exact)]
+    cases = [_case(sample, bundle.manifest, tokenizer) for sample in shown]
+    return parity.compare(baseline.exact, cases, session, limits, clock.detail)
 
 
 def is_bundled_model(checkpoint: Checkpoint) -> bool:

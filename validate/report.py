@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..exporter.reparameterize import Fold, Reparameterization
     from ..quantize.apply import Record
     from .accuracy import AccuracyReport
+    from .contract import Contract
     from .delegation import Delegation
     from .loss import QuantizationLoss
     from .proof import Accuracy
@@ -100,12 +101,12 @@ class Report:
 
     `source` names the checkpoint, `checkpoint` says what it is (label -> value). `quantized` is
     what the recipe did, None where it leaves everything in float32: else `quantization`, what it
-    costs, must have been measured. `parity` is the artifact's own error on top of that, `exact` the
-    same where neither side rounds. `stored` compares the artifact's numbers themselves, or
-    `stored_note` says why they could not be. `placement` is what an ExecuTorch program hands over,
-    `engines` what TensorRT made of its graphs.
-    `runtime` is what ran the artifact; where that was no device, `latency_note` says how to time
-    one.
+    costs, must have been measured. `contract` is what clients read beside the numbers. `parity` is
+    the artifact's own error on top of that, `exact` the same where neither side rounds. `stored`
+    compares the artifact's numbers themselves, or `stored_note` says why they could not be.
+    `placement` is what an ExecuTorch program hands over, `engines` what TensorRT made of its
+    graphs. `runtime` is what ran the artifact; where that was no device, `latency_note` says how to
+    time one.
     """
 
     source: str
@@ -116,6 +117,7 @@ class Report:
     export: Export | None = None
     quantized: "Record | None" = None
     quantization: "QuantizationLoss | None" = None
+    contract: "Contract | None" = None
     parity: ParityResult | None = None
     exact: ParityResult | None = None
     stored: "StoredWeights | None" = None
@@ -139,6 +141,7 @@ class Report:
             return False
         answers = self.accuracy.check if self.accuracy else None
         gates = (
+            self.contract,
             self.exact,
             self.stored,
             self.placement,
@@ -154,6 +157,8 @@ class Report:
         if self.parity is None:
             return "Parity was not measured."
         said = [self.parity.verdict]
+        if self.contract and not self.contract.passed:
+            said.insert(0, self.contract.verdict)
         if self.exact:
             said.append(_without_rounding(self.exact))
         if self.stored:
@@ -197,6 +202,7 @@ class Report:
             "quantized": describe(self.quantized) if self.quantized else None,
             "quantization_loss": self.quantization.to_dict() if self.quantization else None,
             "runtime": self.runtime,
+            "contract": self.contract.to_dict() if self.contract else None,
             "parity": self.parity.to_dict() if self.parity else None,
             "exact_parity": self.exact.to_dict() if self.exact else None,
             "stored_weights": self.stored.to_dict() if self.stored else None,

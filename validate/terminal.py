@@ -17,6 +17,7 @@ from .pooled import ALL
 from .quantized import EXACT, loss_rows
 
 if TYPE_CHECKING:
+    from .contract import Contract
     from .loss import QuantizationLoss
     from .proof import Accuracy
     from .report import Report
@@ -36,6 +37,8 @@ def render(report: "Report") -> Group:
     if report.exact:
         parts.append(parity(report.exact, "Export error without rounding"))
         parts.append(Text(EXACT, "dim"))
+    if report.contract:
+        parts.append(contract(report.contract))
     if report.stored:
         parts.append(stored(report.stored))
     elif report.stored_note:
@@ -99,6 +102,13 @@ def parity(result: ParityResult, title: str = "Export error against PyTorch") ->
     if result.ties:
         notes.append(Text(f"{len(result.ties)} token ties within rounding: see the report"))
     return Group(table, *notes)
+
+
+def contract(found: "Contract") -> Group:
+    """How much of what clients read was compared, and each value that is wrong."""
+    lines = [Text(f"✗ {one}", "red") for one in found.differences[:SHOWN]]
+    said = f"What clients read: {found.values} values in {len(found.files)} files"
+    return Group(Text.assemble(_sign(found.passed), f" {said}"), *lines)
 
 
 def stored(found: "StoredWeights") -> Group:

@@ -19,6 +19,7 @@ from fastvlm_export.exporter.samples import samples
 from fastvlm_export.exporter.source import SourceRequest
 from fastvlm_export.quantize.quiet import quiet_import
 from fastvlm_export.validate import proof
+from fastvlm_export.validate.contract import compare_contract
 from fastvlm_export.validate.parity import ParityResult, Stage
 from fastvlm_export.validate.proof import Baseline, Proof
 from fastvlm_export.validate.report import Report
@@ -177,11 +178,35 @@ def check_weight_caught(found: Proof, stage: Stage, *names: str) -> None:
 
 def test_the_untouched_bundle_passes(exported: Exported, tmp_path: Path) -> None:
     found = exported.with_fault(tmp_path, lambda _: None)
+    assert found.contract.passed
     assert found.parity.passed
     assert found.exact is not None
     assert found.exact.passed
     assert found.stored is not None
     assert found.stored.passed
+
+
+@FP16
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("artifact", "capacity", 2048),
+        ("artifact", "prefill_chunk", 64),
+        ("artifact", "deployment_target", "iOS26"),
+        ("graphs", "vision.main", {}),
+        ("preprocessing", "std", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_manifest_that_its_packages_do_not_bear_out(
+    exported: Exported, tmp_path: Path, section: str, key: str, value: object
+) -> None:
+    bundle = Path(shutil.copytree(exported.path, tmp_path / "copy"))
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    manifest[section][key] = value
+    (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    found = compare_contract(open_bundle(bundle), exported.baseline.reference)
+    assert not found.passed
+    assert all(f"{section}.{key}" in one.key for one in found.differences), found.verdict
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from fastvlm_export.exporter.tensor_names import Layout
 from fastvlm_export.quantize.recipes import RECIPES, Float, LossLimits, Recipe
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.validate import proof
+from fastvlm_export.validate.contract import Contract
 from fastvlm_export.validate.latency import Plan
 from fastvlm_export.validate.limits import FLOAT16, FLOAT32, INTEGER_ACTIVATIONS, NOTHING
 from fastvlm_export.validate.parity import Stage
@@ -28,6 +29,7 @@ from fastvlm_export.validate.sessions import INTERPRETER, Runtime
 from .fakes import IMAGE_TOKEN_ID, RESOLUTION, Altered, tiny_model
 
 CONTEXT = 256
+RIGHT = Contract(files=("manifest.json",), values=1, differences=())
 INT8 = replace(RECIPES["int8"], limits=LossLimits(mean_kl=10.0, accuracy_points=100.0))
 IMAGES = [
     Sample(
@@ -81,6 +83,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(proof, "EagerSession", lambda model, context: found.open(model))
     monkeypatch.setattr(proof, "read_tokenizer", lambda path: Letters())
     monkeypatch.setattr(proof, "is_bundled_model", lambda checkpoint: False)
+    monkeypatch.setattr(proof, "compare_contract", lambda bundle, reference: RIGHT)
     monkeypatch.setattr(proof, "STEPS", 4)
     monkeypatch.setattr(proof, "QUESTIONS", 3)
     return found

@@ -8,6 +8,7 @@ import pytest
 
 from fastvlm_export.exporter.errors import ExportError
 from fastvlm_export.validate import formats, page, plots, terminal
+from fastvlm_export.validate.contract import Contract, Difference
 from fastvlm_export.validate.report import Example, Export, File, Report, check_report
 
 from .fakes import case, compare, tiny_session
@@ -311,3 +312,20 @@ def test_sizes_and_shares():
 
 def test_round_ticks():
     assert plots.ticks(1.35) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2])
+
+
+def test_a_contract_that_is_broken_fails_the_report_and_is_shown_everywhere():
+    right = Contract(files=("manifest.json", "config.json"), values=800, differences=())
+    wrong = Difference(file="config.json", key="rope_theta", found="10000.0", wanted="1000000.0")
+    passed = full_report(contract=right)
+    assert passed.passed
+    assert "800 values in 2 files" in shown(terminal.render(passed))
+    broken = full_report(contract=replace(right, differences=(wrong,)))
+    assert not broken.passed
+    assert "config.json: rope_theta is 10000.0, not 1000000.0" in broken.verdict
+    data = strict(broken.to_json())["contract"]
+    assert data["passed"] is False
+    assert data["differences"][0]["key"] == "rope_theta"
+    assert "rope_theta is 10000.0" in shown(terminal.render(broken))
+    for text in ("rope_theta", "10000.0", "1000000.0", 'id="contract"'):
+        assert text in broken.to_html()
