@@ -125,6 +125,7 @@ def prove(given, session, monkeypatch, *, exact=None, plan=None):
     """`exact` opens the bundle for the comparison without rounding: then it is Core ML's."""
     openers = {False: session, True: exact}
     monkeypatch.setattr(proof, "open_session", lambda bundle, *, exact=False: openers[exact]())
+    monkeypatch.setattr(proof, "has_exact", lambda bundle: exact is not None)
     target = "coreml" if exact else "onnx"
     recipe = given.reference.recipe.to_dict()
     bundle = SimpleNamespace(path=Path(), manifest=contract(target=target, recipe=recipe))
