@@ -97,7 +97,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> list[Out
     """
     clock = Clock(progress or Silent())
     checked = check(request)
-    out = real_out(request.out)
+    out = real_out(request.out).absolute()
     clock.stage("Load the checkpoint")
     checkpoint = load_source(request.source)
     check_layers(checked, checkpoint.config)

@@ -129,9 +129,9 @@ def check(request: ExportRequest) -> Checked:
 
 
 def real_out(out: Path) -> Path:
-    """An output as an absolute path without "..", which means what the system takes it for."""
+    """An output as a path without "..", which leads where the system goes, through links."""
     if ".." not in out.parts:
-        return out.absolute()
+        return out
     if out.name == "..":
         return Path(os.path.realpath(out))
     return Path(os.path.realpath(out.parent)) / out.name

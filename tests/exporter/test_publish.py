@@ -714,6 +714,44 @@ def test_names_that_differ_by_case_are_told_apart_by_what_they_are(
         ownership.check_apart(tmp_path / "CK", inputs)
 
 
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (None, "m.failed"),
+        (made, "m.failed"),
+        (bundle_with_a_thesis, "m.failed-1"),
+        (bundle_with_an_edited_file, "m.failed-1"),
+        (web_project, "m.failed-1"),
+        (bundle_of_an_earlier_version, "m.failed-1"),
+    ],
+)
+def test_what_fails_goes_beside_what_is_not_ours(
+    tmp_path: Path, make: Callable[[Path], object] | None, place: str
+) -> None:
+    if make:
+        make(tmp_path / "m.failed")
+    assert ownership.place_of_failed(tmp_path / "m", {}) == tmp_path / place
+
+
+def test_what_fails_does_not_go_where_an_input_is(tmp_path: Path) -> None:
+    inputs = {"--checkpoint": tmp_path / "m.failed", "--calibration": tmp_path / "m.failed-2"}
+    for path in inputs.values():
+        path.mkdir()
+    (tmp_path / "m.failed-1").symlink_to(tmp_path / "m.failed")
+    assert ownership.place_of_failed(tmp_path / "m", inputs) == tmp_path / "m.failed-3"
+
+
+def test_a_long_name_is_cut_where_something_is_added(tmp_path: Path) -> None:
+    out = tmp_path / ("m" * 250)
+    export(out, "old")
+    with pytest.raises(ExportError, match="appeared"), staging(out) as folder:
+        write(folder, "new")
+        publish(folder, out)
+    assert content(ownership.place_of_failed(out, {}).with_suffix(".new")) == "new"
+    with pytest.raises(ExportError, match="too long a name"):
+        ownership.check_out(tmp_path / ("m" * 300), force=True)
+
+
 def test_a_copy_of_a_bundle_is_a_bundle(tmp_path: Path) -> None:
     shutil.copytree(made(tmp_path / "first"), tmp_path / "copy")
     export(tmp_path / "copy", "new")

@@ -1,5 +1,6 @@
 """What is checked of a request before work: each target's recipe and options, all at once."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -168,3 +169,44 @@ def test_a_context_without_room_for_the_proofs_prompts_is_refused_before_work() 
     requests.check_prompts(replace(spec, context=enough), images)
     with pytest.raises(ExportError):
         requests.check_prompts(replace(spec, context=enough - 1), images)
+
+
+def test_an_output_must_be_apart_from_all_that_is_read(tmp_path: Path) -> None:
+    """Each input is named, and nothing else is said: everything else is in order."""
+    photos, recipe = tmp_path / "out" / "photos", tmp_path / "out" / "mine.toml"
+    shutil.copytree(checkpoints.BUNDLED_FOLDER, tmp_path / "out" / "ck")
+    shutil.copytree(checkpoints.BUNDLED_FOLDER.parent / "images", photos)
+    recipe.write_text('base = "int8"\n')
+    request = ExportRequest(
+        source=SourceRequest(checkpoint=tmp_path / "out" / "ck"),
+        out=tmp_path / "out",
+        recipe=str(recipe),
+        calibration=photos,
+        images=(photos / "red-7786.png",),
+        force=True,
+    )
+    with pytest.raises(ExportError) as caught:
+        requests.check(request)
+    for name in ("--checkpoint", "--recipe", "--calibration", "--image (no. 1)"):
+        assert f"--out {tmp_path / 'out'} holds {name}" in caught.value.message
+    requests.check(replace(request, out=tmp_path / "elsewhere"))
+    with pytest.raises(ExportError, match="lies in --checkpoint"):
+        requests.check(replace(request, out=tmp_path / "out" / "ck" / "new"))
+
+
+def test_the_bundled_model_is_an_input_too() -> None:
+    request = ExportRequest(source=SourceRequest(), out=checkpoints.BUNDLED_FOLDER / "out")
+    with pytest.raises(ExportError, match="lies in the bundled model"):
+        requests.check(request)
+
+
+def test_two_points_lead_where_the_system_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a link: to the parent of its target, not of its name."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    assert requests.real_out(tmp_path / "link" / ".." / "out") == tmp_path / "a" / "out"
+    assert requests.real_out(tmp_path / "link" / "..") == tmp_path / "a"
+    monkeypatch.chdir(tmp_path)
+    assert requests.real_out(Path("out")) == Path("out")
