@@ -172,7 +172,13 @@ def _discard(old: Path, out: Path) -> None:
 
 def _kept(folder: Path, out: Path, message: str) -> ExportError:
     """Keep a finished bundle that may not take its place, and say so."""
-    place = _keep(folder, out, "new")
+    try:
+        place = _keep(folder, out, "new")
+    except OSError as error:
+        return ExportError(
+            f"{message}\nThe new bundle could not be kept beside it: {error.strerror}.",
+            "Run the command again with another --out.",
+        )
     return ExportError(
         f"{message}\nThe new bundle is at {place}.",
         f"Move what is at {out} away, then: mv {place} {out}",
@@ -182,7 +188,7 @@ def _kept(folder: Path, out: Path, message: str) -> ExportError:
 def _keep(path: Path, out: Path, suffix: str = "old") -> Path:
     """Move something beside `out`, to a name that nothing has."""
     place = ownership.free_name(out, suffix)
-    os.rename(path, place)  # noqa: PTH104 - overwrites nothing, see `_put`
+    os.rename(path, place)  # noqa: PTH104 - a folder overwrites nothing, see `_put`
     return place
 
 

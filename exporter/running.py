@@ -12,7 +12,7 @@ from ..validate.placement import Placement
 from ..validate.proof import pytorch_peer, time_bundle
 from ..validate.sessions import not_timed, open_session, runtime
 from . import prompt
-from .bundle import Bundle, open_bundle
+from .bundle import Bundle, open_bundle, reading
 from .clock import Clock
 from .console import messages
 from .errors import ExportError
@@ -73,17 +73,18 @@ def ask(question: Question) -> Answer:
         messages.print(
             f"Answered by {the}{where.name}: as the bundle says, not as fast as a device."
         )
-    tokens = generate(
-        open_session(bundle),
-        PromptInputs(
-            input_ids=ids,
-            image_token_id=manifest.image_token_id,
-            pixels=preprocess(image, manifest.preprocessing) if image else None,
-        ),
-        max_new_tokens=min(question.max_new_tokens, room),
-        eos_token_ids=manifest.eos_token_ids,
-        sampling=sampling,
-    )
+    with reading(bundle):
+        tokens = generate(
+            open_session(bundle),
+            PromptInputs(
+                input_ids=ids,
+                image_token_id=manifest.image_token_id,
+                pixels=preprocess(image, manifest.preprocessing) if image else None,
+            ),
+            max_new_tokens=min(question.max_new_tokens, room),
+            eos_token_ids=manifest.eos_token_ids,
+            sampling=sampling,
+        )
     return Answer(text=tokenizer.decode(tokens), token_ids=tokens)
 
 
@@ -134,10 +135,12 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> BenchResul
     clock.stage("Measure latency")
     sample = shown[-1] if request.image else shown[0]
     plan = request.plan or Plan()
-    timed = time_bundle(bundle, sample, plan, clock.detail, peer, units)
-    if units:
-        clock.stage("Ask Core ML where each operation runs")
-    return BenchResult(latency=timed, placements=tuple(_placement(bundle, one) for one in units))
+    with reading(bundle):
+        timed = time_bundle(bundle, sample, plan, clock.detail, peer, units)
+        if units:
+            clock.stage("Ask Core ML where each operation runs")
+        placements = tuple(_placement(bundle, one) for one in units)
+    return BenchResult(latency=timed, placements=placements)
 
 
 def _compute_units(bundle: Bundle, asked: tuple[str, ...]) -> tuple[str, ...]:

@@ -249,6 +249,11 @@ class Report:
                 with unfinished.open("x", encoding="utf-8") as file:
                     file.write(text)
                 unfinished.replace(folder / name)
+            except OSError as error:
+                raise ExportError(
+                    f"{folder / name} cannot be written: {error.strerror}.",
+                    "Make room there, or make it writable, and run the command again.",
+                ) from error
             finally:
                 unfinished.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """What `bench` and `generate` do before and around the measuring: no artifact is needed for it."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ def opened(monkeypatch, tmp_path):
             return SimpleNamespace(to_dict=lambda: {"subjects": []})
 
         monkeypatch.setattr(running, "open_bundle", lambda path, progress: bundle)
+        monkeypatch.setattr(running, "reading", nullcontext)
         monkeypatch.setattr(running, "runtime", lambda bundle: where)
         monkeypatch.setattr(running, "time_bundle", time_bundle)
         return timed
@@ -128,6 +130,7 @@ def test_generate_says_when_no_device_answers(monkeypatch, tmp_path, where, said
     bundle = SimpleNamespace(path=tmp_path, manifest=manifest)
     stderr = Console(record=True, width=120, quiet=False)
     monkeypatch.setattr(running, "open_bundle", lambda path: bundle)
+    monkeypatch.setattr(running, "reading", nullcontext)
     monkeypatch.setattr(running, "read_tokenizer", lambda path: model.tokenizer)
     monkeypatch.setattr(running, "runtime", lambda bundle: where)
     monkeypatch.setattr(running, "open_session", lambda bundle: Session())

@@ -204,7 +204,7 @@ def test_a_report_that_could_not_be_finished_leaves_the_old_one(report, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ExportError, match="cannot be written: No space left"):
         report.write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     assert (tmp_path / "report.json").read_text() == before
