@@ -109,6 +109,31 @@ def build(sizes: Sizes, seed: int, *, inference_form: bool = False) -> Any:
 
 
 @torch.no_grad()
+def question(model: Any, resolution: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random pixels [1,3,R,R], and ids [1,S]: text, the image's tokens, text."""
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(1, 3, resolution, resolution, generator=random)
+    features = model.model.get_image_features(pixels).pooler_output
+    text = torch.randint(0, 250, (1, 21), generator=random)
+    place = torch.full((1, features.shape[1]), IMAGE_TOKEN_ID)
+    return pixels, torch.cat((text[:, :9], place, text[:, 9:]), dim=1)
+
+
+def greedy(model: Any, pixels: Tensor, ids: Tensor, count: int) -> list[int]:
+    """The library's own greedy answer of that many tokens, whatever token would end it."""
+    out: list[int] = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels,
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, ids.shape[1] :].tolist()
+    return out
+
+
+@torch.no_grad()
 def randomize(model: nn.Module) -> None:
     """Random statistics, scales, biases and norms, so that no branch is the identity by chance."""
     for module in model.modules():

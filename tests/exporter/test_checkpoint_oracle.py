@@ -47,30 +47,19 @@ def worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def assert_agrees(checkpoint: Checkpoint, oracle: Any, seed: int) -> None:
     model = checkpoint.model()
     for resolution in RESOLUTIONS:
-        random = torch.Generator().manual_seed(seed + resolution)
-        pixels = torch.rand(1, 3, resolution, resolution, generator=random)
+        pixels, ids = oracles.question(oracle, resolution, seed + resolution)
         features = oracle.model.get_image_features(pixels).pooler_output
-        text = torch.randint(0, 250, (1, 21), generator=random)
-        place = torch.full((1, features.shape[1]), oracles.IMAGE_TOKEN_ID)
-        ids = torch.cat((text[:, :9], place, text[:, 9:]), dim=1)
 
         ours = model.encode_image(pixels)
         error = worst(ours, features)
         assert error <= LIMIT, f"image_features at {resolution}: {error:.1e} > {LIMIT}"
-        embeds = torch.cat((model.embed(text[:, :9]), ours, model.embed(text[:, 9:])), dim=1)
+        before, behind = ids[:, :9], ids[:, 9 + features.shape[1] :]
+        embeds = torch.cat((model.embed(before), ours, model.embed(behind)), dim=1)
         logits = oracle(input_ids=ids, pixel_values=pixels).logits
         error = worst(model(embeds), logits)
         assert error <= LIMIT, f"logits at {resolution}: {error:.1e} > {LIMIT}"
 
-        wanted = oracle.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels,
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, ids.shape[1] :].tolist()
+        wanted = oracles.greedy(oracle, pixels, ids, NEW_TOKENS)
         inputs = PromptInputs(
             input_ids=ids[0].tolist(),
             image_token_id=oracles.IMAGE_TOKEN_ID,
