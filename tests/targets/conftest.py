@@ -93,6 +93,7 @@ def lively_model(
     seed: int = 0,
     depths: tuple[int, ...] = (1, 2, 1, 1, 1),
     layers: int = 3,
+    head_dim: int = 16,
 ) -> FastVLM:
     """Weights that keep a signal's size, so that image and text both move the answer."""
     torch.manual_seed(seed)
@@ -112,7 +113,7 @@ def lively_model(
             layers=layers,
             heads=4,
             kv_heads=2,
-            head_dim=16,
+            head_dim=head_dim,
             tied=tied,
         ),
     )

@@ -13,10 +13,13 @@ from PIL import Image
 
 from fastvlm_export.exporter.preprocess import preprocess, read_image
 from fastvlm_export.exporter.prompt import prompt_ids, qwen_2_prompt
+from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import onnx
 from fastvlm_export.targets.base import Session
 from fastvlm_export.targets.eager import EagerSession
 from fastvlm_export.targets.generation import PromptInputs, generate
+
+from .conftest import byte_tokenizer, export, lively_model, make_spec
 
 pytestmark = pytest.mark.xdist_group("onnx")
 
@@ -104,6 +107,19 @@ def test_greedy_tokens_are_pytorchs(
 ) -> None:
     exported = request.getfixturevalue(which)
     reference = EagerSession(exported.model, exported.spec.context)
+    images = random_images(exported, tmp_path)
+    check_answers_differ(check_client(node, exported, reference, images), len(images))
+
+
+@pytest.mark.parametrize("head_dim", [20, 24])
+def test_greedy_tokens_are_pytorchs_whatever_the_heads(
+    head_dim: int, node: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """Heads that ONNX Runtime's fused operator does not take, and heads that it does not rotate."""
+    model = lively_model(byte_tokenizer().vocab_size, tied=False, layers=2, head_dim=head_dim)
+    name, recipe = f"small-heads-{head_dim}", RECIPES["fp32"]
+    exported = export(tmp_path_factory, name, model, make_spec(model), recipe)
+    reference = EagerSession(model, exported.spec.context)
     images = random_images(exported, tmp_path)
     check_answers_differ(check_client(node, exported, reference, images), len(images))
 
