@@ -91,19 +91,19 @@ def _replace(folder: Path, out: Path, *, force: bool) -> None:
     swap = folder.with_name(SWAP)
     folder.rename(swap)
     try:
-        old = _exchange(swap, out)
+        _exchange(swap, out)
     except OSError as error:
         raise _kept(swap, out, f"{out} cannot be replaced: {error.strerror}.") from error
-    _discard(old, out)
+    _discard(swap, out)
 
 
-def _exchange(new: Path, out: Path) -> Path:
-    """Put `new` at `out`, in one step where the system can, else in two; where the old one is now.
+def _exchange(new: Path, out: Path) -> None:
+    """Let `new` and `out` trade places, in one step where the system can.
 
     Raises OSError where `new` is still where it was.
     """
     if _swap(new, out):
-        return new
+        return
     aside = new.with_name(OLD)
     out.rename(aside)
     try:
@@ -115,7 +115,7 @@ def _exchange(new: Path, out: Path) -> Path:
         else:
             _keep(aside, out)
         raise
-    return aside
+    aside.rename(new)  # only a whole one may be put back, and this one is removed now
 
 
 def _swap(new: Path, old: Path) -> bool:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -120,8 +120,8 @@ class Adb:
         return 1024 * int(fields[3]) if len(fields) > 3 and fields[3].isdigit() else None
 
     def push(self, files: Mapping[str, Path], say: Callable[[str], None]) -> None:
-        """Copy files into an empty remote folder, each under its name there."""
-        self.remove()
+        """Copy files into the remote folder, each under its name there."""
+        self.remove(files)
         made = self._shell("mkdir", "-p", REMOTE)
         if made.code:
             raise ExportError(
@@ -157,10 +157,14 @@ class Adb:
                 "Measure less: --runs 2",
             ) from error
 
-    def remove(self) -> None:
-        """Delete the remote folder; a device that has gone keeps it until the next push."""
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete these files, and the remote folder unless it holds anything else.
+
+        A device that has gone keeps them until the next push.
+        """
         with contextlib.suppress(ExportError):
-            self._shell("rm", "-rf", REMOTE)
+            self._shell("rm", "-f", *(f"{REMOTE}/{name}" for name in names))
+            self._shell("rmdir", REMOTE)
 
     def _say(self, *words: str) -> str:
         """What a command prints; empty where it fails, for the device may not have it."""

@@ -97,7 +97,7 @@ def run_on(
             output = device.run(RUNNER, _arguments(bundle, plan, threads), timeout)
             facts = dataclasses.replace(facts, thermal_after=device.thermal_status())
         finally:
-            device.remove()
+            device.remove(files)
     return _result(output, bundle, plan, facts, str(runner))
 
 

@@ -127,6 +127,32 @@ def test_a_bundle_moved_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> Non
     assert names(tmp_path) == ["out"]
 
 
+def test_a_bundle_that_was_being_removed_is_never_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the removal; then the new one is moved away."""
+    out = made(tmp_path / "out", "old")
+    monkeypatch.setattr(publishing, "_swap", lambda new, old: False)
+    settle = publishing._settle
+
+    def killed(folder: Path, found: ownership.Contents) -> None:
+        (folder / "onnx" / "graph.onnx").unlink()
+        monkeypatch.setattr(publishing, "_settle", lambda claim, name: claim.release())
+        raise KeyboardInterrupt
+
+    remove = ownership.remove
+    monkeypatch.setattr(ownership, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(out, "new")
+    monkeypatch.setattr(ownership, "remove", remove)
+    monkeypatch.setattr(publishing, "_settle", settle)
+    assert content(out) == "new"
+    out.rename(tmp_path / "kept")
+    with staging(tmp_path / "another"):
+        pass
+    assert names(tmp_path) == ["kept"]
+
+
 # What stands at OUT when the export begins.
 
 

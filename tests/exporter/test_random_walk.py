@@ -30,8 +30,8 @@ from .bundles import write
 OPERATIONS = 500
 OUTS = ("m", "m.2026", "sub/m", "M")
 MOST_ENTRIES = 20
-STEPS = 40
-"""About as many as an export has."""
+STEPS = 25
+"""About as many as an export has, from its beginning or from its publication on."""
 
 KILLED, INTERRUPTED, BROKEN = 9, 130, 70
 
@@ -47,6 +47,8 @@ class User:
     names: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     shell: int | None = None
+    near: Path | None = None
+    """Where it does every second thing: the output of the export that runs."""
 
     def new(self, kind: str) -> str:
         self.count += 1
@@ -64,6 +66,8 @@ class User:
 
     def place(self, kind: str) -> Path:
         """A new name, as often as not in or at one of the outputs."""
+        if self.near is not None and self.random.random() < 0.5:
+            return self.near / self.random.choice(["", "onnx", "report"]) / self.new(kind)
         if self.random.random() < 0.15:
             return self.root / self.random.choice(OUTS)
         return self.random.choice(self.folders()) / self.new(kind)
@@ -98,7 +102,8 @@ class User:
         self.names.add(name)
 
     def edit(self) -> None:
-        path, text = self.random.choice([one for one in visible(self.root) if is_file(one)]), ""
+        near = self.near if self.near and self.random.random() < 0.5 else self.root
+        path = self.random.choice([one for one in visible(near) if is_file(one)] or [self.root])
         before = path.read_text()
         text = self.new("text")[: len(before)] if self.random.random() < 0.3 else self.new("text")
         if text in before or len(text) < 5 or any(text in one for one in self.texts):
@@ -228,10 +233,10 @@ class Disturbance:
     """Called before and after each step of an export; does what was drawn at the drawn one."""
 
     def __init__(self, step: int, action: Callable[[], None]) -> None:
-        self.left, self.action, self.busy = step, action, False
+        self.left, self.action, self.busy, self.armed = step, action, False, True
 
     def __call__(self) -> None:
-        if self.busy:
+        if self.busy or not self.armed:
             return
         self.left -= 1
         if self.left == 0:
@@ -260,6 +265,7 @@ class Walk:
         self.user = User(self.root, self.random)
         self.state = root / "state"
         self.exports = 0
+        self.last = OUTS[0]
         self.ended: dict[str, int] = {}
 
     def step(self) -> None:
@@ -272,8 +278,9 @@ class Walk:
         self.check()
 
     def export(self) -> None:
-        out = self.root / self.random.choice(OUTS)
-        if self.random.random() < 0.4:
+        out = self.root / self.random.choice([*OUTS, *[self.last] * len(OUTS)])
+        self.last = out.relative_to(self.root).as_posix()
+        if self.random.random() < 0.3:
             with contextlib.suppress(OSError):
                 self.user.move_away(out)
         before = snapshot(out)
@@ -287,6 +294,7 @@ class Walk:
             two_renames=self.random.random() < 0.5,
             drawn=drawn,
             step=self.random.randint(1, STEPS),
+            late=self.random.random() < 0.7,
             seed=self.random.random(),
         )
         child = os.fork()
@@ -330,6 +338,7 @@ class Walk:
 
             with contextlib.suppress(OSError):
                 user.shell = os.open(job.out, os.O_RDONLY | os.O_DIRECTORY)
+            user.near = job.out
             self.patch(Disturbance(job.step if job.drawn != "nothing" else 0, disturb), job)
             code = 0
             try:
@@ -348,11 +357,18 @@ class Walk:
 
     def patch(self, disturbance: Disturbance, job: "Job") -> None:
         """In a child, so for good: each change to the disk is a step."""
-        for name in ("rename", "unlink", "rmdir", "mkdir", "open", "scandir"):
+        for name in ("rename", "unlink", "rmdir", "mkdir", "open"):
             setattr(os, name, disturbance.around(getattr(os, name)))
+        ownership._entries = disturbance.around(ownership._entries)
+        ownership.remove = disturbance.around(ownership.remove)
         swap = (lambda new, old: False) if job.two_renames else publishing._swap
         publishing._swap = disturbance.around(swap)
-        publishing._sync = lambda _: None
+        disturbance.armed = not job.late
+
+        def arm(path: Path) -> None:  # in place of writing to the disk: the first step of `publish`
+            disturbance.armed = True
+
+        publishing._sync = arm
 
     def check(self) -> None:
         """Nothing of the user's is lost, and what was not touched is whole."""
@@ -383,6 +399,7 @@ class Job:
     two_renames: bool
     drawn: str
     step: int
+    late: bool
     seed: float
 
     def run(self) -> None:

@@ -322,8 +322,19 @@ def test_a_phone_that_fails_halfway_is_one_error(phone, bundle, script, fault, m
     with pytest.raises(ExportError, match=message) as caught:
         devices.run_on(URL, bundle, script("exit 0"), phones.sample(), PLAN)
     assert caught.value.hint
-    assert calls(phone)[-1] == f"-s {phones.SERIAL} shell rm -rf {adb.REMOTE}"
+    assert calls(phone)[-1] == f"-s {phones.SERIAL} shell rmdir {adb.REMOTE}"
     assert left_behind(phone) == []
+
+
+def test_what_was_not_pushed_stays_on_the_phone(phone, bundle, script):
+    """Before and after: a folder's name does not make its files ours."""
+    mine = phone / "tmp" / Path(adb.REMOTE).name / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ExportError):
+        devices.run_on(URL, bundle, script("exit 1"), phones.sample(), PLAN)
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+    assert mine.read_text() == "mine"
 
 
 def test_a_full_phone_is_found_out_before_anything_is_pushed(phone, bundle, script):
