@@ -46,7 +46,7 @@ def _backend(target_name: str, name: str) -> dict[str, object]:
     runtime = None if problems else runs_here(target_name, name)
     return {
         "backend": str(name),
-        "lower": not problems,
+        "lower": target.availability().lower and not problems,
         "runtime": runtime.name if runtime else None,
         "run": bool(runtime and runtime.device),
         "recipes": [] if problems else recipes(target, options),

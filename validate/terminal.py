@@ -215,19 +215,19 @@ def facts(found: Mapping[str, object], title: str) -> Table:
     return table
 
 
-def targets(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What each target can do here, and below it each of its backends where it has a choice."""
+def targets(rows: Sequence[Mapping[str, Any]]) -> Group:
+    """What each target and each of its backends can do here, and the versions of what they use."""
     table = _table("Targets")
     table.add_column("Target", no_wrap=True)
     for name in ("Export here", "Run here", "Recipes"):
         table.add_column(name)
-    table.add_column("Versions", overflow="fold")
     for row in rows:
-        found = "\n".join(f"{name} {version}" for name, version in row["versions"].items())
-        table.add_row(*_target(row, Text(row["target"], "bold"), found))
+        table.add_row(*_target(row, Text(row["target"], "bold")))
         for backend in row["backends"]:
-            table.add_row(*_target(backend, Text(f"  {backend['backend']}"), ""))
-    return table
+            table.add_row(*_target(backend, Text(f"  {backend['backend']}")))
+    versions = {name: version for row in rows for name, version in row["versions"].items()}
+    listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return Group(table, Text(f"Installed: {listed or 'nothing that a target needs'}"))
 
 
 def target_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -253,12 +253,11 @@ def untested(one: Mapping[str, str]) -> str:
     )
 
 
-def _target(row: Mapping[str, Any], name: Text, last: str) -> Iterator[RenderableType]:
+def _target(row: Mapping[str, Any], name: Text) -> Iterator[RenderableType]:
     yield name
     yield _yes(row["lower"])
     yield _runs(row)
     yield ", ".join(row["recipes"])
-    yield Text(last)
 
 
 def _runs(row: Mapping[str, Any]) -> Text:
