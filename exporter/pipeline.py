@@ -16,15 +16,8 @@ from ..quantize.recipes import Recipe, recorded
 from ..targets.eager import ProgramSession
 from ..validate.latency import Plan
 from ..validate.machine import instructions, peak_memory
-from ..validate.proof import (
-    Original,
-    Proof,
-    Reference,
-    examine,
-    prove,
-    pytorch_peer,
-    run_original,
-)
+from ..validate.proof import examine, prove, pytorch_peer, run_original
+from ..validate.proof_types import Original, Proof, Reference
 from ..validate.report import Example, Export, Folding, Report, check_report
 from ..validate.report import files_of as report_files
 from ..validate.rounding_floor import has_float_floor

@@ -19,7 +19,7 @@ from ..targets.base import Statement
 from .formats import plain
 
 if TYPE_CHECKING:
-    from .proof import Reference
+    from .proof_types import Reference
 
 SHOWN = 3
 """Differences in a verdict; the report lists every one."""

@@ -20,7 +20,7 @@ from .templates import environment
 if TYPE_CHECKING:
     from .latency import SubjectResult
     from .loss import QuantizationLoss
-    from .proof import Accuracy
+    from .proof_types import Accuracy
     from .report import Example, Report
 
 TEMPLATE = "report.html.j2"

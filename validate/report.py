@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .contract import Contract
     from .delegation import Delegation
     from .loss import QuantizationLoss
-    from .proof import Accuracy
+    from .proof_types import Accuracy
     from .stored_types import StoredWeights
     from .tensorrt_build import EngineProof
 

@@ -19,7 +19,7 @@ from .quantized import EXACT, loss_rows
 if TYPE_CHECKING:
     from .contract import Contract
     from .loss import QuantizationLoss
-    from .proof import Accuracy
+    from .proof_types import Accuracy
     from .report import Report
     from .stored_types import StoredWeights
 

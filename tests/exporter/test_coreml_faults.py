@@ -21,7 +21,7 @@ from fastvlm_export.quantize.quiet import quiet_import
 from fastvlm_export.validate import proof
 from fastvlm_export.validate.contract import compare_contract
 from fastvlm_export.validate.parity import ParityResult, Stage
-from fastvlm_export.validate.proof import Baseline, Proof
+from fastvlm_export.validate.proof_types import Baseline, Proof
 from fastvlm_export.validate.report import Report
 
 with quiet_import():

@@ -21,7 +21,7 @@ from fastvlm_export.quantize.recipes import RECIPES, Float
 from fastvlm_export.targets import onnx
 from fastvlm_export.targets.base import DEFAULTS, Array, Session, TokenIds
 from fastvlm_export.validate import proof
-from fastvlm_export.validate.proof import Reference
+from fastvlm_export.validate.proof_types import Reference
 
 from .. import shared
 from ..checkpoints import save_apple, tiny_config

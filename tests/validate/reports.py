@@ -15,7 +15,7 @@ from fastvlm_export.validate.accuracy import AccuracyReport, AnswerSample
 from fastvlm_export.validate.digits import Kind
 from fastvlm_export.validate.latency import Backend, LatencyResult, Part, SubjectResult, Timing
 from fastvlm_export.validate.loss import Answers, measure_loss
-from fastvlm_export.validate.proof import Accuracy
+from fastvlm_export.validate.proof_types import Accuracy
 from fastvlm_export.validate.report import Example, Export, File, Folding, Report
 from fastvlm_export.validate.sessions import INTERPRETER, NOT_TIMED
 

@@ -19,7 +19,7 @@ from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import onnx as target
 from fastvlm_export.targets import transformers_js
 from fastvlm_export.validate.contract import Contract, compare_contract
-from fastvlm_export.validate.proof import Reference
+from fastvlm_export.validate.proof_types import Reference
 
 
 @pytest.fixture(scope="module")

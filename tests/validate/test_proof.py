@@ -23,7 +23,7 @@ from fastvlm_export.validate.contract import Contract
 from fastvlm_export.validate.latency import Plan
 from fastvlm_export.validate.limits import FLOAT16, FLOAT32, INTEGER_ACTIVATIONS, NOTHING
 from fastvlm_export.validate.parity import Stage
-from fastvlm_export.validate.proof import Baseline, Reference
+from fastvlm_export.validate.proof_types import Baseline, Reference
 from fastvlm_export.validate.sessions import INTERPRETER, Runtime
 
 from .fakes import IMAGE_TOKEN_ID, RESOLUTION, Altered, tiny_model
