@@ -34,8 +34,8 @@ class Reference:
     `quantized` opens the recipe's eager model, which is then what artifacts are held to; it is None
     for a recipe that leaves everything in float32. `exact` opens the same model computed without
     any rounding, where an artifact is to be compared like that, too, or where the rounding floor
-    needs it. `programs` gives what was lowered to the artifacts, the same to the last bit; None where that
-    can't be had.
+    needs it. `programs` gives what was lowered to the artifacts, the same to the last bit; None
+    where that can't be had.
     """
 
     checkpoint: Checkpoint
