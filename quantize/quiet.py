@@ -1,4 +1,4 @@
-"""Import torchao and coremltools without the lines that they print about themselves."""
+"""Call torchao, coremltools and torch.onnx without the lines that they log about themselves."""
 
 import logging
 from collections.abc import Iterator
@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 # Logger -> what marks the lines that say nothing about this run: CUDA kernels that a CPU wheel
 # cannot load, a deprecation between torchao and torch, versions of what coremltools' own
-# converters read (ours are not among them), and Apple's frameworks, which only a Mac has.
+# converters read (ours are not among them), Apple's frameworks, which only a Mac has, and operators
+# of torchvision, which no graph of ours holds.
 _CHATTER = {
     "torchao": ("Failed to load",),
     "torch.utils._pytree": ("is an Enum subclass",),
+    "torch.onnx._internal.exporter._registration": ("torchvision is not installed",),
     "coremltools": (
         "Failed to load _ML",
         "has not been tested with coremltools",

@@ -18,6 +18,7 @@ from ..exporter.bundle import VALIDATE_HINT
 from ..exporter.config import DecoderConfig
 from ..exporter.errors import ExportError
 from ..exporter.graphs import cache_names
+from ..quantize.quiet import quiet_import
 from . import onnx_attention, onnx_quantized
 from .onnx_rewrites import rewrite
 
@@ -95,7 +96,7 @@ def translate(
     program: ExportedProgram, translations: Mapping[Callable[..., Any], Any], opset: int
 ) -> ir.Model:
     """The program in ONNX's operators, as torch.onnx and the translations write them."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_import():
         warnings.simplefilter("ignore")  # deprecations inside torch.onnx
         exported = torch.onnx.export(
             program,
