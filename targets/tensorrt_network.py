@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 
 from ..exporter.errors import ExportError
+from .tensorrt_lacking import REPLACEABLE, UNCHANGED, Older
 from .tensorrt_log import Log, type_name
-from .tensorrt_older import OPERATORS, Older, without
 from .tensorrt_plan import GraphPlan, Profile, Range
 from .tensorrt_record import Network
 
@@ -68,8 +68,8 @@ def parse(package: ModuleType, builder: Any, log: Log, path: Path, graph: str) -
     while True:
         network = empty_network(package, builder)
         parser = package.OnnxParser(network, log.made)
-        lacking |= {name for name in OPERATORS if not parser.supports_operator(name)}
-        older = without(path, lacking)
+        lacking |= {name for name in REPLACEABLE if not parser.supports_operator(name)}
+        older = _without(path, lacking)
         if older.counts:
             taken = parser.parse(older.model, str(path))  # the path is where the weights lie
         else:
@@ -77,10 +77,18 @@ def parse(package: ModuleType, builder: Any, log: Log, path: Path, graph: str) -
         if taken and not parser.num_errors:
             return Parsed(network=network, parser=parser, older=older)
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        refused = {error.node_operator() for error in errors} & OPERATORS.keys()
+        refused = {error.node_operator() for error in errors} & set(REPLACEABLE)
         if refused <= lacking:
             raise _refusal(package, errors, path, graph)
         lacking |= refused
+
+
+def _without(path: Path, lacking: set[str]) -> Older:
+    if not lacking:
+        return UNCHANGED
+    from .tensorrt_older import without  # noqa: PLC0415 - its imports take longer than most graphs
+
+    return without(path, lacking)
 
 
 def _refusal(package: ModuleType, errors: Iterable[Any], path: Path, graph: str) -> ExportError:

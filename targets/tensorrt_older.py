@@ -11,7 +11,6 @@ Attention, shapes read at run time among them and without names; TensorScatter i
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from onnx_ir.passes import common
 
 from ..exporter.errors import ExportError
 from .onnx_build import Builder, values_of
+from .tensorrt_lacking import UNCHANGED, Older
 from .tensorrt_package import NO_FUSED_ATTENTION
 from .tensorrt_plan import HINT
 
@@ -32,23 +32,6 @@ HIDDEN = np.float32(-3.0e38)
 """A score that no softmax gives a share: beyond any real one, and finite, as -inf - -inf is NaN."""
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Older:
-    """A graph without some operators. `model` is what a parser reads; empty: the file will do.
-
-    `origins`: new node -> the file's node that it is of. `counts`: operator -> how many nodes of it
-    were written out. `float32`: the file's node -> why it computes in float32 now.
-    """
-
-    model: bytes
-    origins: Mapping[str, str]
-    counts: Mapping[str, int]
-    float32: Mapping[str, str]
-
-
-UNCHANGED = Older(model=b"", origins={}, counts={}, float32={})
 
 
 def without(path: Path, operators: Collection[str]) -> Older:

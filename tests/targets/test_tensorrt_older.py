@@ -18,13 +18,13 @@ from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import (
     tensorrt,
     tensorrt_build,
-    tensorrt_older,
     tensorrt_package,
     tensorrt_plan,
     tensorrt_worker,
 )
 from fastvlm_export.targets.base import Options
 from fastvlm_export.targets.tensorrt_build import write_plan
+from fastvlm_export.targets.tensorrt_lacking import REPLACEABLE, UNCHANGED
 from fastvlm_export.targets.tensorrt_older import OPERATORS, without
 from fastvlm_export.targets.tensorrt_onnx_session import TensorRTOnnxSession, load
 from fastvlm_export.targets.tensorrt_package import NO_FUSED_ATTENTION, Backend
@@ -288,8 +288,9 @@ def test_what_is_new_is_named_after_what_it_is_of_and_what_is_alike_is_shared(
 
 def test_nothing_is_written_where_nothing_lacks(tmp_path: Path) -> None:
     toys.folder(tmp_path)
-    assert without(tmp_path / onnx_file("vision"), ALL) is tensorrt_older.UNCHANGED
-    assert without(tmp_path / "not there", ()) is tensorrt_older.UNCHANGED
+    assert without(tmp_path / onnx_file("vision"), ALL) is UNCHANGED
+    assert without(tmp_path / "not there", ()) is UNCHANGED
+    assert OPERATORS.keys() == set(REPLACEABLE)
 
 
 def test_a_file_that_is_no_onnx_is_one_error(tmp_path: Path) -> None:
