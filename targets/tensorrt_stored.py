@@ -12,7 +12,6 @@ they are, but for
 Not stored are zero points of weights, which are zero.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..exporter.errors import ExportError
 from ..quantize.ranges import DEQUANTIZE_TENSOR, DEQUANTIZE_WEIGHT, FP8_LINEAR, QUANTIZE
+from .onnx_numbers import Fingerprint, fingerprint, fingerprint_of
 from .program_constants import Constants, live_nodes, scalars
 from .tensorrt_attention import HIDDEN
 from .tensorrt_plan import HINT
@@ -42,9 +41,6 @@ _INPUT_SCALE = 4
 
 _FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 _SMALL_INTEGERS = ("int8", "uint8", "int4")
-
-Fingerprint = tuple[str, bytes]
-"""A tensor's type, int8 for any small integers, and the SHA-256 of its numbers in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +146,6 @@ def _stored(
     return Stored(name=f"{names[0]}{made}", forms=forms, size=size, needed=needed)
 
 
-def fingerprint_of(values: Tensor) -> Fingerprint:
-    """Of a program's tensor."""
-    kind = str(values.dtype).removeprefix("torch.")
-    data = values.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _fingerprint(kind, data)
-
-
-def _fingerprint(kind: str, data: NDArray[np.uint8]) -> Fingerprint:
-    return "int8" if kind in _SMALL_INTEGERS else kind, hashlib.sha256(data.data).digest()
-
-
 class Contents:
     """The numbers of an ONNX file, one tensor in memory at a time. `names` are what it calls them.
 
@@ -182,8 +167,7 @@ class Contents:
         kind = str(array.dtype)
         if kind not in (*_FLOATS, *_SMALL_INTEGERS):
             return  # shapes and places
-        flat = array.astype(np.int8) if kind == "int4" else array
-        found = _fingerprint(kind, np.ascontiguousarray(flat).reshape(-1).view(np.uint8))
+        found = fingerprint(array)
         self.names.setdefault(found, name)
         if array.size == 1:
             self._single[found] = float(array.reshape(-1)[0])

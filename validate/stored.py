@@ -1,11 +1,11 @@
-"""Every stored number of a bundle, held against the quantized programs: all but target onnx's.
+"""Every stored number of a bundle, held against the quantized programs.
 
 What a model answers cannot show every weight: no prompt may use an embedding's row, and one integer
 of a hundred million moves nothing by more than roundings do. So each constant tensor that a program
 reads has to be in its package, number by number: weights, integers, scales, zero points, lookup
 indices and tables, biases, rotary tables, the static ranges of activations. A package is here what
 a manifest names: one of Core ML's, an ExecuTorch file with its functions, the methods, or an ONNX
-graph that a TensorRT engine is built from.
+graph, be it target onnx's own or one that a TensorRT engine is built from.
 
 It is looked up by its numbers, as packages keep no names and hold equal tensors once; of tensors
 that are equal, as many are to be there as there are readers. The other way round a package has no
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..exporter.bundle import Bundle
 from ..targets import TargetName
-from . import coreml_stored, executorch_stored, tensorrt_stored
+from . import coreml_stored, executorch_stored, onnx_stored, tensorrt_stored
 from .stored_types import StoredFunction, StoredWeights
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ _COMPARISONS: dict[
 ] = {
     TargetName.COREML: coreml_stored.compare,
     TargetName.EXECUTORCH: executorch_stored.compare,
+    TargetName.ONNX: onnx_stored.compare,
     TargetName.TENSORRT: tensorrt_stored.compare,
 }
 
