@@ -31,17 +31,18 @@ from ..quantize.ranges import (
     QUANTIZED_LINEAR,
     layer_of,
 )
-from .onnx_attention import filling, rotates
+from .onnx_attention import mixes, rotates
 from .onnx_contents import level
 from .onnx_numbers import Fingerprint, fingerprint_of
+from .onnx_plain_attention import HIDDEN
 from .onnx_recipes import BLOCK_SIZES
 from .program_constants import CLAMP, NEUTRAL, Constants, live_nodes
 
 LINEAR = "aten.linear.default"
 SCALED = "aten.scaled_dot_product_attention.default"
 ATTENTION = "fastvlm.cached_attention.default"
-ANGLES = slice(6, 8)
-"""Where cached attention has its rotary tables."""
+_PAST, _ANGLES = 3, slice(6, 8)
+"""Where cached attention has its keys [B,H,N,d], and its rotary tables."""
 
 _PER_TOKEN = (127.0, 1e-30, 1.0)
 """By what the peak of a token is divided to give its scale, the least scale, and the scale of what
@@ -144,11 +145,11 @@ class _Collector:
 
     def _add_quantized_linear(self, node: Node) -> None:
         """Integers, scales, zero points and bias, and what the activations are rounded by."""
-        x, weight, scale, zeros, bias, _, group = node.args
+        arguments: tuple[Any, ...] = node.args
+        x, weight, scale, zeros, bias, _, group = arguments
         for part in (weight, zeros, bias):
             if isinstance(part, Node):
                 self._add_tensor(part)
-        assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(scale, Node)
         if group == ops.PER_TOKEN:
             self._add_tensor(scale)
             self._add_rounding(node, x)
@@ -166,14 +167,18 @@ class _Collector:
             self._add_fingerprint(f"{x.name}'s zero point", fingerprint_of(_MIDDLE))
 
     def _add_attention(self, node: Node) -> None:
-        """The rotary tables, once where the operator itself turns queries and keys, else twice."""
-        width = node.args[3].meta["val"].shape[-1]  # type: ignore[union-attr]
+        """The rotary tables, once where the operator itself turns queries and keys, else twice.
+
+        Where there is no operator, also what scores are multiplied by and hidden with.
+        """
+        arguments: tuple[Any, ...] = node.args
+        width = arguments[_PAST].meta["val"].shape[-1]
         times = 1 if rotates(width) else 2
-        for table in node.args[ANGLES]:
-            assert isinstance(table, Node)
+        for table in arguments[_ANGLES]:
             self._add_tensor(table, least=times, most=times)
-        if filling(width):
+        if not mixes(width):
             self._add_number(f"{_named(node)}'s scale", width**-0.5, torch.float32)
+            self._add_number(f"{_named(node)}'s {HIDDEN}", HIDDEN, torch.float32)
 
     def _add_literals(self, node: Node) -> None:
         """Numbers that the operator names, and what attention multiplies scores by."""
