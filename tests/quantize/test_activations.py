@@ -28,6 +28,9 @@ from ..conftest import tiny_model
 
 INT8 = recipes.get("int8")
 RESOLUTION = 96
+MAPS = (8, 24, 24)
+"""What goes into the first block."""
+
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
@@ -44,6 +47,31 @@ def vision(model: FastVLM, resolution: int = RESOLUTION) -> Graph:
 @pytest.fixture
 def graph(tiny: FastVLM) -> Graph:
     return vision(reparameterize(tiny).model)
+
+
+class FirstBlock(nn.Module):
+    """Of the tower, the first block alone: its layers have the names that they have in there."""
+
+    def __init__(self, model: FastVLM) -> None:
+        super().__init__()
+        self.vision_tower = nn.Module()
+        self.vision_tower.network = nn.Sequential(model.vision_tower.network[0][:1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.vision_tower.network(x)
+        return out
+
+
+@pytest.fixture
+def block(tiny: FastVLM) -> Graph:
+    """Tracing the whole tower takes seconds."""
+    return Graph(
+        name="vision",
+        module=FirstBlock(reparameterize(tiny).model).eval(),
+        inputs={"pixel_values": torch.zeros(2, *MAPS)},
+        outputs=("image_features",),
+        dynamic={"pixel_values": {0: "batch_size"}},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +92,11 @@ def again(quantized: tuple[Graph, ExportedProgram]) -> Again:
     return before, lines, quantize_vision(graph, INT8, images(), lines.append)
 
 
-def images(count: int = 3) -> list[Tensor]:
+def images(
+    count: int = 3, shape: tuple[int, int, int] = (3, RESOLUTION, RESOLUTION)
+) -> list[Tensor]:
     source = torch.Generator().manual_seed(1)
-    return [torch.rand(1, 3, RESOLUTION, RESOLUTION, generator=source) for _ in range(count)]
+    return [torch.rand(1, *shape, generator=source) for _ in range(count)]
 
 
 def matrix_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -261,16 +291,16 @@ def test_a_recipe_that_leaves_vision_alone_changes_nothing(graph: Graph) -> None
     assert torch.equal(run(program, images()[0]), graph.module(images()[0]))
 
 
-def test_impossible_precisions_are_one_error(graph: Graph) -> None:
+def test_impossible_precisions_are_one_error(block: Graph) -> None:
     recipe = vision_recipe(group_size=32, method=Method.GPTQ, symmetric=False, activation_bits=4)
     with pytest.raises(ExportError) as caught:
-        quantize_vision(graph, recipe, images(1))
+        quantize_vision(block, recipe, images(1, MAPS))
     for key in ("group_size", '"gptq"', "symmetric", "activation_bits = 4"):
         assert key in caught.value.message
     with pytest.raises(ExportError, match="dynamic"):
-        quantize_vision(graph, vision_recipe(activations=Activations.DYNAMIC), images(1))
+        quantize_vision(block, vision_recipe(activations=Activations.DYNAMIC), images(1, MAPS))
     with pytest.raises(ExportError, match="bits = 16"):
-        quantize_vision(graph, vision_recipe(bits=16), images(1))
+        quantize_vision(block, vision_recipe(bits=16), images(1, MAPS))
 
 
 @pytest.mark.parametrize(
@@ -282,27 +312,29 @@ def test_impossible_precisions_are_one_error(graph: Graph) -> None:
     ],
 )
 def test_values_that_are_not_finite_name_the_layer(
-    graph: Graph, observer: Observer, value: float
+    block: Graph, observer: Observer, value: float
 ) -> None:
     with torch.no_grad():
-        graph.module.get_parameter(f"{FC1}.bias")[2] = value
+        block.module.get_parameter(f"{FC1}.bias")[2] = value
     recipe = dataclasses.replace(INT8, observer=observer)
     with pytest.raises(ExportError, match=rf"at the output of {FC1}"):
-        quantize_vision(graph, recipe, images(1))
+        quantize_vision(block, recipe, images(1, MAPS))
 
 
 @pytest.mark.parametrize("observer", Observer)
 def test_an_activation_that_is_always_zero_keeps_the_layer_behind_it(
-    graph: Graph, observer: Observer
+    block: Graph, observer: Observer
 ) -> None:
     with torch.no_grad():
-        graph.module.get_parameter(f"{FC1}.weight").zero_()
-        graph.module.get_parameter(f"{FC1}.bias").zero_()
-        bias = graph.module.get_parameter(f"{FC2}.bias").fill_(2.0).clone()
-    program = quantize_vision(graph, dataclasses.replace(INT8, observer=observer), images())
+        block.module.get_parameter(f"{FC1}.weight").zero_()
+        block.module.get_parameter(f"{FC1}.bias").zero_()
+        bias = block.module.get_parameter(f"{FC2}.bias").fill_(2.0).clone()
+    program = quantize_vision(
+        block, dataclasses.replace(INT8, observer=observer), images(shape=MAPS)
+    )
     stored = program.state_dict[f"{FC2}.bias"] * program.state_dict[f"{FC2}.bias_scale"]
     torch.testing.assert_close(stored, bias, rtol=1e-6, atol=0)
-    assert psnr(graph.module(images()[0]).detach(), run(program, images()[0])) > 25
+    assert psnr(block.module(images(1, MAPS)[0]).detach(), run(program, images(1, MAPS)[0])) > 25
 
 
 @pytest.mark.parametrize(
@@ -310,17 +342,17 @@ def test_an_activation_that_is_always_zero_keeps_the_layer_behind_it(
     [(Activations.STATIC, LARGEST_BIAS), (Activations.AFFINE, LARGEST_FLOAT_BIAS)],
 )
 def test_a_bias_far_above_its_weights_survives(
-    graph: Graph, activations: Activations, largest: int
+    block: Graph, activations: Activations, largest: int
 ) -> None:
     with torch.no_grad():
-        weight = graph.module.get_parameter(f"{FC1}.weight")
+        weight = block.module.get_parameter(f"{FC1}.weight")
         weight[0] *= 1e-12
         weight[1] = 0
-        bias = graph.module.get_parameter(f"{FC1}.bias").fill_(3.0).clone()
+        bias = block.module.get_parameter(f"{FC1}.bias").fill_(3.0).clone()
     recipe = dataclasses.replace(
         INT8, vision=dataclasses.replace(INT8.vision, activations=activations)
     )
-    program = quantize_vision(graph, recipe, images(1))
+    program = quantize_vision(block, recipe, images(1, MAPS))
     integers = program.state_dict[f"{FC1}.bias"]
     assert integers.abs().max() <= largest * (1 + 1e-6)
     stored = integers * program.state_dict[f"{FC1}.bias_scale"]

@@ -24,6 +24,9 @@ from ..targets import coreml_stand_ins as stand_ins
 
 TESTS = Path(__file__).parents[1]
 WORKER = """
+import sys
+# coremltools imports them, to convert models of theirs: seconds of each process.
+sys.modules |= dict.fromkeys(("executorch", "sklearn", "torchao"))
 import coreml_stand_ins
 from fastvlm_export.validate import latency_worker
 coreml_stand_ins.install(setattr)
