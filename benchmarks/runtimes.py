@@ -20,6 +20,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby, zip_longest
@@ -28,6 +29,7 @@ from typing import Annotated, Any
 
 import typer
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
@@ -129,17 +131,21 @@ def main(
 
 
 def supported() -> list[str]:
-    """Of the versions within the tested range: the oldest, and the last of each minor release."""
+    """Of the versions that the index has, those that are run; see `ends`."""
     lines = metadata.requires(DISTRIBUTION) or ()
     needed = next(one for one in map(Requirement, lines) if one.name == PACKAGE)
     command = [sys.executable, "-m", "pip", "index", "versions", PACKAGE]
     shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     lines = shown.stdout.splitlines()
     line = next(line for line in lines if line.startswith("Available versions:"))
-    listed = [Version(text.strip()) for text in line.partition(":")[2].split(",")]
-    within = sorted(one for one in listed if needed.specifier.contains(one))
+    return ends(line.partition(":")[2].split(","), needed.specifier)
+
+
+def ends(listed: Iterable[str], tested: SpecifierSet) -> list[str]:
+    """Of the versions within the range: the oldest, and the last of each minor release."""
+    within = sorted(one for one in map(Version, listed) if tested.contains(one, prereleases=False))
     last = [max(group) for _, group in groupby(within, key=lambda one: one.release[:2])]
-    return [str(one) for one in dict.fromkeys([within[0], *last])]
+    return [str(one) for one in dict.fromkeys([*within[:1], *last])]
 
 
 def export_all(runtimes: Runtimes, versions: list[str]) -> list[Path]:
