@@ -257,7 +257,6 @@ _COMPILERS: Mapping[str, Callable[[Node], tuple[Compute, list[Value]]]] = {
     "XNNCos": _unary(torch.cos),
     "XNNDepthwiseConv2d": _convolution,
     "XNNDiv": _binary(torch.div),
-    "XNNELU": lambda node: (lambda x: F.elu(x, node.alpha), [node.value("input_id")]),
     "XNNExp": _unary(torch.exp),
     "XNNFloor": _unary(torch.floor),
     "XNNFullyConnected": _linear,

@@ -3,6 +3,7 @@
 import pytest
 
 from ...shared import once
+from ...targets import executorch_toys
 from . import recorded
 
 
@@ -10,3 +11,11 @@ from . import recorded
 def small(tmp_path_factory: pytest.TempPathFactory) -> recorded.Recorded:
     """A small random model of every kind of numbers, for all workers."""
     return recorded.read(once(tmp_path_factory, "executorch-recorded", recorded.write))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> executorch_toys.Toy:
+    """The one of the tests of targets."""
+    return executorch_toys.read_toy(
+        once(tmp_path_factory, "executorch-toy", executorch_toys.write_toy)
+    )

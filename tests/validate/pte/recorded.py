@@ -1,5 +1,6 @@
 """A small random model as an ExecuTorch program, and what it computes without rounding."""
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,14 @@ class Graph:
         return {union.fields.get("tensor_value", union).id_out: union for union in unions}
 
     def changed(self, table: Table, **numbers: int | float) -> bytes:
-        """The program with other numbers, of four bytes each, in the place of a table's own."""
+        """The program with other numbers in the place of a table's own, of four bytes each."""
         payload = bytes(self.delegate.processed)
         begin = self.pte.index(payload) + int.from_bytes(payload[10:14], "little")
         data = bytearray(self.pte)
         for name, number in numbers.items():
             at = begin + table.places[name]
-            kind = np.float32 if isinstance(number, float) else np.int64(number).astype(np.uint32)
-            data[at : at + 4] = (
-                np.float32(number) if isinstance(number, float) else kind
-            ).tobytes()
+            if isinstance(number, float):
+                data[at : at + 4] = struct.pack("<f", number)
+            else:
+                data[at : at + 4] = struct.pack("<I", number % 2**32)
         return bytes(data)
