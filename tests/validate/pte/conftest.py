@@ -9,7 +9,7 @@ from . import recorded
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> recorded.Recorded:
-    """A small random model of every kind of numbers, for all workers."""
+    """All kinds of numbers: 4 and 8 bits, static and per token, and floats."""
     return recorded.read(once(tmp_path_factory, "executorch-recorded", recorded.write))
 
 

@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,36 @@ class Recorded:
     pte: bytes
     arrays: dict[str, Array]
 
-    def differences(self, pte: bytes | None = None) -> dict[str, float]:
-        """Stage -> the interpreter's largest difference, as a share of the largest number."""
-        program = Program(parse(memoryview(pte or self.pte), PROGRAM))
+    def differences(self, pte: bytes | None = None, *methods: str) -> dict[str, float]:
+        """Stage -> the interpreter's largest difference, as a share of the largest number.
+
+        Of some methods, or of all.
+        """
+        file = parse(memoryview(pte or self.pte), PROGRAM)
+        wanted = methods or tuple(file.methods)
+        program = Program(
+            replace(
+                file, methods={name: one for name, one in file.methods.items() if name in wanted}
+            )
+        )
 
         def run(method: str, *inputs: Any) -> Array:
-            return program.run(method, [torch.from_numpy(np.array(one)) for one in inputs])[
-                0
-            ].numpy()
+            [out] = program.run(method, [torch.from_numpy(np.array(one)) for one in inputs])
+            found: Array = out.numpy()
+            return found
 
-        embeds, begin = self.arrays["embeds"], 0
-        made = [run(VISION, self.arrays["pixels"]), run(EMBEDDING, self.arrays["ids"])]
-        for count in CHUNKS:
-            end = begin + count
-            made.append(run(DECODER, embeds[:, begin:end], np.arange(begin, end))[:, -1])
-            begin = end
-        return {
-            stage: worst(found, self.arrays[stage])
-            for stage, found in zip(STAGES, made, strict=True)
-        }
+        made: dict[str, Array] = {}
+        if VISION in wanted:
+            made["features"] = run(VISION, self.arrays["pixels"])
+        if EMBEDDING in wanted:
+            made["embeds"] = run(EMBEDDING, self.arrays["ids"])
+        begin = 0
+        for number, count in enumerate(CHUNKS if DECODER in wanted else ()):
+            rows = self.arrays["embeds"][:, begin : begin + count]
+            positions = np.arange(begin, begin + count)
+            made[f"logits {number}"] = run(DECODER, rows, positions)[:, -1]
+            begin += count
+        return {stage: worst(found, self.arrays[stage]) for stage, found in made.items()}
 
 
 def read(folder: Path) -> Recorded:
