@@ -66,7 +66,14 @@ def tiny_model(*, train_form: bool = True, tied: bool = False) -> FastVLM:
 WHOLE_EXPORTS: set[str] = set()
 """Fixtures, each a whole export of the trained model: what asks for one is marked `e2e`."""
 
-LONGEST = ("tensorrt", "executorch", "onnx", "coreml", "tests/exporter/test_coreml_faults.py")
+LONGEST = (
+    "tensorrt",
+    "executorch",
+    "onnx",
+    "coreml",
+    "halves",
+    "tests/exporter/test_coreml_faults.py",
+)
 """Groups of tests that workers take first, in this order; the others follow as collected."""
 
 
