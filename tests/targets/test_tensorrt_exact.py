@@ -24,8 +24,10 @@ pytestmark = pytest.mark.xdist_group("tensorrt")
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4", "fp8"])
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    head_dim = 24 if request.param == "bf16" else 16  # as others ask for
-    return shared(tmp_path_factory, request.param, head_dim)
+    recipe: str = request.param
+    # Numbers in a head, and data files, as other tests have them that share it.
+    head_dim = {"bf16": 24, "int8": 20}.get(recipe, 16)
+    return shared(tmp_path_factory, recipe, head_dim, data_files=recipe == "int4")
 
 
 def differences(lowered: Lowered, *, exact: bool) -> dict[str, float]:

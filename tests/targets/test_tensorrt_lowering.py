@@ -170,6 +170,7 @@ def test_engines_build(recipe: str, head_dim: int, small: Small) -> None:
     assert all(size > 10_000 for size in sizes.values()), sizes
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("recipe", ["fp16", "int8"])  # the others: tests/exporter
 def test_the_trained_model_answers_as_in_pytorch(recipe: str, tmp_path: Path) -> None:
     checkpoint = checkpoints.bundled()
