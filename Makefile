@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := requirements/lock.txt
-# Each worker has one thread and up to 3 GB; tests/conftest.py says what runs on one worker, and when.
-WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# Each worker has one thread and up to 3 GB; tests/groups.py says what runs on one worker, and when.
+WORKERS := -n 2
 PYTEST := $(BIN)/python -m pytest $(WORKERS)
 
 $(STAMP): $(LOCK) pyproject.toml

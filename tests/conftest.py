@@ -19,7 +19,7 @@ import torch
 from fastvlm_export.exporter.config import DecoderConfig, FastVLMConfig, fastvithd
 from fastvlm_export.exporter.model.fastvlm import FastVLM
 
-from . import shared
+from . import groups, shared
 
 
 def randomize(model: FastVLM) -> FastVLM:
@@ -66,34 +66,27 @@ def tiny_model(*, train_form: bool = True, tied: bool = False) -> FastVLM:
 WHOLE_EXPORTS: set[str] = set()
 """Fixtures, each a whole export of the trained model: what asks for one is marked `e2e`."""
 
-LONGEST = (
-    "tensorrt",
-    "executorch",
-    "onnx",
-    "coreml",
-    "halves",
-    "tests/exporter/test_coreml_faults.py",
-)
-"""Groups of tests that workers take first, in this order; the others follow as collected."""
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests together that share fixtures, the longest groups first.
-
-    A group is what the mark `xdist_group` names, else a file: one worker runs all of it, so that no
-    other waits for what it makes, and none is left with a long group at the end.
-    """
-    places = {}
+    """Mark whole exports, and put the longest groups first."""
     for item in items:
         if WHOLE_EXPORTS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.e2e)
-        marker = item.get_closest_marker("xdist_group")
-        name = marker.args[0] if marker else item.nodeid.partition("::")[0]
-        if not marker:
-            item.add_marker(pytest.mark.xdist_group(name))
-        places[item] = LONGEST.index(name) if name in LONGEST else len(LONGEST)
-    items.sort(key=places.__getitem__)
+    items.sort(key=lambda item: groups.place(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker runs all of a group, so that no other waits for what it makes."""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 - where it is installed
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return groups.group(nodeid)
+
+    config.option.loadscopereorder = False  # by the number of tests: ours are in order
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

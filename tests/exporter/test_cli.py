@@ -23,8 +23,6 @@ from fastvlm_export.validate.latency import LatencyResult, Plan
 from .. import shared
 from .commands import Run, bad, command
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
 
 

@@ -20,8 +20,6 @@ from fastvlm_export.validate.delegation import delegation
 
 from .commands import Run, bad
 
-pytestmark = pytest.mark.xdist_group("executorch")
-
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
 
 EXECUTORCH = ["--target", "executorch"]

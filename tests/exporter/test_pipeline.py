@@ -26,8 +26,6 @@ from fastvlm_export.validate.proof_types import Reference
 from .. import shared
 from ..checkpoints import save_apple
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 
 class Louder:
     """A session whose image features are 0.1 % too large."""

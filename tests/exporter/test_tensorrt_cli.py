@@ -23,8 +23,6 @@ from .commands import Run, bad
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 SAMPLE = BUNDLED_FOLDER.parent / "images" / "red-7786.png"
 TENSORRT = ["--target", "tensorrt"]
 

@@ -21,8 +21,6 @@ from fastvlm_export.targets.eager import ProgramSession
 from . import halves
 from .halves import BRAIN_INT8, error, half_inputs, quantized, small
 
-pytestmark = pytest.mark.xdist_group("halves")
-
 BF16 = RECIPES["bf16"]
 CAST = "aten._to_copy.default"
 

@@ -16,8 +16,6 @@ from fastvlm_export.targets.eager import ProgramSession
 from .exactly import float64
 from .halves import BRAIN_INT8, INT4, INT8, WEIGHTS, error, quantized, shown, small
 
-pytestmark = pytest.mark.xdist_group("halves")
-
 CLOSE = 1e-5
 RECIPE = [
     RECIPES["fp16"],

@@ -38,8 +38,6 @@ from fastvlm_export.quantize.simulate import variants
 from . import halves
 from .halves import error, quantized, shown, small
 
-pytestmark = pytest.mark.xdist_group("halves")
-
 FP8 = RECIPES["fp8"]
 LAYER = FP8.decoder
 WIDE = dataclasses.replace(FP8, name="fp8-fp32", float_format=Float.FP32)

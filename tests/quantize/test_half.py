@@ -33,8 +33,6 @@ from fastvlm_export.targets import onnx_lowering
 from ..conftest import tiny_model
 from .halves import BLOCK, LIMIT, RESOLUTION, ROUNDING, enlarged, error, half_inputs, silent
 
-pytestmark = pytest.mark.xdist_group("halves")
-
 CONTEXT = 64
 
 

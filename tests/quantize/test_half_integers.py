@@ -39,8 +39,6 @@ from .halves import (
     small,
 )
 
-pytestmark = pytest.mark.xdist_group("halves")
-
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 DEQUANTIZE_WEIGHT = "quantized_decomposed.dequantize_per_channel.default"

@@ -34,8 +34,6 @@ from fastvlm_export.quantize.vision_layers import CONV, LINEAR, layer_name
 from ..conftest import tiny_model
 from . import halves
 
-pytestmark = pytest.mark.xdist_group("halves")
-
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default

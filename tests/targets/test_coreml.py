@@ -28,8 +28,6 @@ from .small_coreml import CHUNK, SmallCoreML, small_coreml
 with quiet_import():
     from coremltools.models import MLModel
 
-pytestmark = pytest.mark.xdist_group("coreml")
-
 LIMIT = 1e-5
 
 

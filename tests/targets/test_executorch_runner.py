@@ -24,8 +24,6 @@ from fastvlm_export.targets.generation import PromptInputs, generate
 from fastvlm_export.validate import accuracy, digits
 from fastvlm_export.validate.stock_runner import answers
 
-pytestmark = pytest.mark.xdist_group("executorch")
-
 TOKENS, QUESTIONS = 64, 90
 END = 2**31 - 1  # an id that no vocabulary has
 

@@ -23,8 +23,6 @@ from fastvlm_export.validate.parity_types import Stage
 from fastvlm_export.validate.stored import compare_stored
 from fastvlm_export.validate.stored_types import StoredWeights
 
-pytestmark = pytest.mark.xdist_group("executorch")
-
 Named = dict[str, Tensor]
 
 

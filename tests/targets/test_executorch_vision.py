@@ -32,8 +32,6 @@ from fastvlm_export.targets.executorch_xnn import xnn_constant, xnn_graph
 
 from ..conftest import randomize
 
-pytestmark = pytest.mark.xdist_group("executorch")
-
 ROUNDING = 1e-5  # of the largest feature
 
 

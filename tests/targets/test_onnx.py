@@ -19,8 +19,6 @@ from fastvlm_export.targets.onnx_session import OnnxSession
 
 from .conftest import bundle_of
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 LIMIT = 2e-5  # of the largest value: float32 rounding in another order
 
 

@@ -31,8 +31,6 @@ from .onnx_faults import (
 )
 from .test_onnx_recipe_bundles import WEIGHT_ONLY
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 Stages = dict[str, list[Array]]
 """What a session answers, by stage."""
 

@@ -29,8 +29,6 @@ from fastvlm_export.targets.onnx_session import load_graph
 
 from .conftest import Small
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 ROUND = torch.ops.quantized_decomposed.quantize_per_tensor.default
 
 BEYOND = 1e-3

@@ -20,8 +20,6 @@ from fastvlm_export.targets.eager import ProgramSession
 
 from .conftest import Small, in_data_files, make_small
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 CONV = torch.ops.aten.conv2d.default
 
 

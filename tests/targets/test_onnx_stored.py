@@ -18,8 +18,6 @@ from .conftest import Small, make_small
 from .onnx_faults import Fault, add, altered, constant, multiply, nth, scaled, with_attribute
 from .test_onnx_recipe_bundles import WEIGHT_ONLY
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 STAGES = {
     "vision": Stage.IMAGE_FEATURES,
     "embedding": Stage.EMBEDDINGS,

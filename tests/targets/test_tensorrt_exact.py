@@ -19,8 +19,6 @@ from fastvlm_export.validate.limits import EXACT
 
 from .tensorrt_toys import Lowered, shared, worst_of_all
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4", "fp8"])
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lowered:

@@ -16,8 +16,6 @@ from .cuda_stand_in import CudaApi
 from .tensorrt_opened import Exported
 from .tensorrt_stand_ins import GPU, Engine, Package
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:

@@ -24,8 +24,6 @@ from . import tensorrt_toys
 from .conftest import in_data_files
 from .tensorrt_toys import Lowered, build, lower, worst_of_all
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 FLOAT32, HALF, BFLOAT16 = 5e-6, 1e-2, 8e-2
 
 needs_rtx = pytest.mark.skipif(

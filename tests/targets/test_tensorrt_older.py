@@ -37,8 +37,6 @@ from . import tensorrt_opened
 from .conftest import normal, worst
 from .tensorrt_toys import Lowered, shared, worst_of_all
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 ALL = tuple(OPERATORS)
 CASES = {"fp32": (20, 5e-6), "fp16": (16, 1e-2), "bf16": (24, 8e-2)}
 """Recipe -> numbers in a head, and the limit of test_tensorrt_lowering."""

@@ -21,8 +21,6 @@ from .cuda_stand_in import CudaApi
 from .tensorrt_opened import CONTEXT, Exported, ids, pixels
 from .tensorrt_stand_ins import RUN_SECONDS
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 CLOSE = 2e-5
 
 

@@ -20,8 +20,6 @@ from .cuda_stand_in import CudaApi, Status
 from .tensorrt_opened import Exported, pixels
 from .tensorrt_stand_ins import GPU, Context, Engine, Location, Package
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:

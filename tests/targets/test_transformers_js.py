@@ -21,8 +21,6 @@ from fastvlm_export.targets.generation import PromptInputs, generate
 
 from .conftest import byte_tokenizer, export, lively_model, make_spec
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 CLIENT = Path(__file__).parent / "transformers_js"
 QUESTION = "Read the number."
 NEW_TOKENS = 24

@@ -30,8 +30,6 @@ from ..targets.small_coreml import CAPACITY, CHUNK, small_coreml
 with quiet_import():
     from coremltools.proto import MIL_pb2, Model_pb2
 
-pytestmark = pytest.mark.xdist_group("coreml")
-
 DATA = Path("Data/com.apple.CoreML")
 
 

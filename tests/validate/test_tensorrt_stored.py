@@ -16,8 +16,6 @@ from fastvlm_export.validate import stored
 
 from ..targets.tensorrt_toys import Lowered, shared
 
-pytestmark = pytest.mark.xdist_group("tensorrt")
-
 
 @pytest.fixture
 def lowered(

@@ -14,8 +14,6 @@ from fastvlm_export.validate.limits import EXACT
 
 from .recorded import Graph, Recorded
 
-pytestmark = pytest.mark.xdist_group("pte")
-
 LIMIT = EXACT.logits
 
 

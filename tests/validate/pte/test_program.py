@@ -1,10 +1,6 @@
 """A program computed from its file is the quantized model computed without rounding."""
 
-import pytest
-
 from .recorded import STAGES, Recorded
-
-pytestmark = pytest.mark.xdist_group("pte")  # one worker makes the program
 
 LIMIT = 3e-6  # of a stage's largest number; several times what is seen
 

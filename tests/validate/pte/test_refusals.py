@@ -16,8 +16,6 @@ from fastvlm_export.validate.pte import Program, xnn
 
 from .recorded import Graph, Recorded
 
-pytestmark = pytest.mark.xdist_group("pte")
-
 
 def of_kind(graph: Graph, kind: str) -> Table:
     return next(node for node in graph.nodes if node.kind == kind)
