@@ -125,7 +125,8 @@ class Table:
 
     Vectors of bytes are memoryviews of the data, other vectors lists; what is absent is the
     schema's default, an empty vector or string, or None. `kind` is the table's name, of a union's
-    member the member's; `places` is the byte offset of every number that is there.
+    member the member's; `places` is the byte offset of every number that is there, of a
+    vector's first one, and of the number of a union's kind.
     """
 
     def __init__(self, kind: str, fields: dict[str, Any], places: dict[str, int]) -> None:
@@ -194,9 +195,13 @@ class _Reader:
                 continue
             ends = [start + place if place else None for place in places]
             fields[field.name] = self.union(field, *ends) if union else self.value(field, ends[0])
-            if ends[0] is not None and field.type in self.schema.letters and not field.vector:
-                numbers[field.name] = ends[0]
+            if ends[0] is not None and (union or field.type in self.schema.letters):
+                numbers[field.name] = ends[0] if not field.vector else self.first(ends[0])
         return Table(member or kind, fields, numbers)
+
+    def first(self, at: int) -> int:
+        """Where the first item of the vector lies that the offset at `at` points to."""
+        return at + int(self.scalar("I", at)) + _OFFSET
 
     def union(self, field: _Field, tag: int | None, at: int | None) -> Table | None:
         """The union's member by its number; None where there is none."""
