@@ -18,15 +18,24 @@ _PACKED, _ZEROS = 1, 3
 """Where MatMulNBits has its integers and its zero points."""
 
 
-def level(accuracy: int) -> Fingerprint:
-    """Of MatMulNBits's accuracy level, which says whether it rounds activations."""
-    return "accuracy level", str(accuracy).encode()
+_SETTINGS: dict[str, tuple[str, int | str]] = {
+    "MatMulNBits": ("accuracy_level", 0),
+    "Gelu": ("approximate", "none"),
+}
+"""Attributes that change what an operator makes by less than any comparison may find, and their
+values where they are not given."""
+
+
+def setting(name: str, value: int | str) -> Fingerprint:
+    """Of an attribute that is no number: whether MatMulNBits rounds activations, Gelu's formula."""
+    return name, str(value).encode()
 
 
 class Contents:
     """`reads`: how often the graph's nodes read which numbers; `names`: what the file calls them.
 
-    Numbers that are attributes (a norm's epsilon) count as read by their node. MatMulNBits's
+    Numbers that are attributes (a norm's epsilon) and `_SETTINGS` count as read by their node.
+    MatMulNBits's
     integers count as [N,K] int8 and its zero points as [N,blocks], whatever the bytes they lie in.
     One tensor is in memory at a time. Raises ExportError for a file that is missing or damaged.
     """
@@ -51,22 +60,24 @@ class Contents:
         for attribute in node.attributes.values():
             self._add_attribute(node, attribute)
         packed = node.op_type == "MatMulNBits"
-        if packed:
-            self._add(level(node.attributes.get_int("accuracy_level", 0)), f"{node.name}'s level")
+        if node.op_type in _SETTINGS:
+            name, usual = _SETTINGS[node.op_type]
+            given = node.attributes.get(name)
+            self._add(setting(name, given.value if given else usual), f"{node.name}'s {name}")
         for index, value in enumerate(node.inputs):
             if value is None or not value.is_initializer() or value.const_value is None:
                 continue
-            name = str(value.name)
+            called = str(value.name)
             role = index if packed and index in (_PACKED, _ZEROS) else 0
-            if (name, role) not in self._known:
+            if (called, role) not in self._known:
                 array = value.const_value.numpy()
                 if role:
                     array = _unpacked(array, node, role)
                 kept = str(array.dtype) in _KINDS
-                self._known[name, role] = fingerprint(array) if kept else None
-            found = self._known[name, role]
+                self._known[called, role] = fingerprint(array) if kept else None
+            found = self._known[called, role]
             if found is not None:
-                self._add(found, name)
+                self._add(found, called)
 
     def _add_attribute(self, node: ir.Node, attribute: ir.Attr) -> None:
         kind, value = attribute.type, attribute.value

@@ -11,6 +11,8 @@ as they are, in any shape. Stored otherwise are
   the layer's, which the integer product is multiplied by;
 - activations with one scale per token: see `_PER_TOKEN`, for all layers that read them at once;
 - numbers in the program's own operators (an epsilon, a factor): as tensors or as attributes.
+
+So is the formula that each GELU takes, and whether packed weights meet rounded activations.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +34,14 @@ from ..quantize.ranges import (
     layer_of,
 )
 from .onnx_attention import mixes, rotates
-from .onnx_contents import level
+from .onnx_contents import setting
 from .onnx_numbers import Fingerprint, fingerprint_of
 from .onnx_plain_attention import HIDDEN
 from .onnx_recipes import BLOCK_SIZES
 from .program_constants import CLAMP, NEUTRAL, Constants, live_nodes
 
 LINEAR = "aten.linear.default"
+GELU = "aten.gelu.default"
 SCALED = "aten.scaled_dot_product_attention.default"
 ATTENTION = "fastvlm.cached_attention.default"
 _PAST, _ANGLES = 3, slice(6, 8)
@@ -188,6 +191,9 @@ class _Collector:
             factor = value.shape[-1] ** -0.5 if scale is None else scale
             self._add_number(f"{_named(node)}'s scale", factor, torch.float32)
             return
+        if kind == GELU:
+            formula = str(node.kwargs.get("approximate", "none"))
+            self._add_fingerprint(f"{_named(node)}'s formula", setting("approximate", formula))
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return
         for number in pytree.tree_leaves((node.args, node.kwargs)):
@@ -214,7 +220,8 @@ class _Collector:
                 yield fingerprint_of(value.reshape(-1, 1).expand(-1, blocks))
 
     def _add_level(self, node: Node, accuracy: int) -> None:
-        self._add_fingerprint(f"{_named(node)}'s accuracy level {accuracy}", level(accuracy))
+        wanted = setting("accuracy_level", accuracy)
+        self._add_fingerprint(f"{_named(node)}'s accuracy level {accuracy}", wanted)
 
     def _add_tensor(
         self,

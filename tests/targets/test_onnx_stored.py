@@ -123,6 +123,7 @@ ON_ALL: dict[str, tuple[str, Fault, str]] = {
     "a weight": ("vision", constant("Conv", 1, multiply(1.01, at=0)), "weight"),
     "a norm's epsilon": ("decoder", with_attribute("RMSNormalization", "epsilon", 1e-5), EPSILON),
     "no epsilon": ("decoder", without_epsilon, EPSILON),
+    "GELU by tanh": ("vision", with_attribute("Gelu", "approximate", "tanh", -1), "gelu"),
     "attention's scale": ("decoder", with_attribute("GroupQueryAttention", "scale", 0.3), "scale"),
     "an angle": ("decoder", constant("GroupQueryAttention", 7, add(0.01, at=31), 1), "cos"),
 }
