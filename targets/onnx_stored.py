@@ -40,6 +40,7 @@ from .onnx_plain_attention import HIDDEN
 from .onnx_recipes import BLOCK_SIZES
 from .program_constants import CLAMP, NEUTRAL, Constants, live_nodes
 
+CONV = "aten.conv2d.default"
 LINEAR = "aten.linear.default"
 GELU = "aten.gelu.default"
 SCALED = "aten.scaled_dot_product_attention.default"
@@ -113,7 +114,7 @@ class _Collector:
 
     def _add_constant(self, node: Node, source: Node) -> None:
         if str(source.target) != DEQUANTIZE_WEIGHT:
-            neutral = self.constants.changes_nothing(node, source, source.meta["val"].dtype)
+            neutral = self._changes_nothing(node, source)
             self._add_tensor(source, least=0 if neutral else 1)
         elif source not in self._dequantized:  # once for all that read it
             self._dequantized.add(source)
@@ -121,6 +122,12 @@ class _Collector:
             self._add_tensor(weight)
             self._add_tensor(scale)
             self._add_tensor(zeros, dtype=weight.meta["val"].dtype)
+
+    def _changes_nothing(self, node: Node, source: Node) -> bool:
+        """Whether what is multiplied is all 1, or what is added, as a layer's bias, all 0."""
+        if str(node.target) in (CONV, LINEAR) and source in node.args[2:]:
+            return not self.constants.value(source).any()
+        return self.constants.changes_nothing(node, source, source.meta["val"].dtype)
 
     def _add_range(self, node: Node) -> None:
         """Scale and zero point of static activations."""
@@ -144,7 +151,7 @@ class _Collector:
             self._add_tensor(scale, more=lambda: self._in_blocks(weight, scale))
             self._add_level(node, 1)
         for one in bias:
-            self._add_tensor(one)
+            self._add_constant(node, one)
 
     def _add_quantized_linear(self, node: Node) -> None:
         """Integers, scales, zero points and bias, and what the activations are rounded by."""

@@ -5,16 +5,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx as onnx_package
 import pytest
+import torch
 from onnx import GraphProto, helper, numpy_helper
 
 from fastvlm_export.exporter.errors import ExportError
+from fastvlm_export.quantize.recipes import RECIPES
 from fastvlm_export.targets import onnx_stored
 from fastvlm_export.targets.onnx_contents import Contents
 from fastvlm_export.validate.parity import Stage
 from fastvlm_export.validate.stored import StoredWeights, compare_stored, has_stored
 
-from .conftest import Small, make_small
+from .conftest import Small, byte_tokenizer, export, lively_model, make_small, make_spec
 from .onnx_faults import Fault, add, altered, constant, multiply, nth, scaled, with_attribute
 from .test_onnx_recipe_bundles import WEIGHT_ONLY
 
@@ -55,6 +58,32 @@ def test_so_do_floats_zero_points_and_mixed_layers(
         make_small(tmp_path_factory, WEIGHT_ONLY.name, WEIGHT_ONLY, tied=True),
     ):
         check_all_are_found(one)
+
+
+def test_what_changes_nothing_need_not_be_there(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A convolution's biases of 0 are left out, as weights that nobody trained have them."""
+    model = lively_model(byte_tokenizer().vocab_size, tied=True, depths=(1, 1, 1, 1, 1), layers=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.zero_()
+    made = export(tmp_path_factory, "neutral", model, make_spec(model), RECIPES["fp32"])
+    check_all_are_found(made)
+    bias = "vision_tower.network.0.0.convffn.fc1.bias"
+    assert bias not in {
+        tensor.name for tensor in onnx_package.load(made.paths["vision"]).graph.initializer
+    }
+    reads = {
+        one.name: (one.reads, one.most) for one in onnx_stored.expected(made.programs["vision"])
+    }
+    assert reads[bias] == (0, 1)
 
 
 def one_bit_of_each(graph: GraphProto) -> None:
