@@ -64,7 +64,7 @@ def differences(small: Small) -> dict[str, float]:
         _EXPECTED[name] = answers(reference, small)
     ours = answers(onnx.open(small.bundle, exact=True), small)
     return {
-        stage: max(worst(a, b) for a, b in zip(ours[stage], expected, strict=True))
+        stage: float(np.max([worst(a, b) for a, b in zip(ours[stage], expected, strict=True)]))
         for stage, expected in _EXPECTED[name].items()
     }
 
@@ -155,7 +155,7 @@ def test_a_fault_that_rounding_would_hide_is_found(
     graph, change, stage = FAULTS[fault]
     found = differences(altered(quantized, graph, change, tmp_path / "altered"))
     print(f"{fault}, {quantized.recipe.name}: {found[stage]:.1e}")
-    assert found[stage] > getattr(EXACT, stage)
+    assert not found[stage] <= getattr(EXACT, stage)  # a wrong position may also make NaN
 
 
 OF_INTEGERS: dict[str, tuple[str, Fault, str]] = {
