@@ -201,15 +201,11 @@ def validate(
     reference = _reference(checkpoint, spec, quantized, exact=has_exact(bundle))
     if not _made_alike(manifest):
         reference = dataclasses.replace(reference, programs=None)
-    elif quantized is None:  # nothing else needs programs of float32: they are made for this alone
-        again = functools.partial(_traced, checkpoint, recorded(manifest.recipe), spec, clock)
-        reference = dataclasses.replace(reference, programs=lambda: again().programs)
     original = run_original(checkpoint, spec, shown, clock, steps)
     baseline = examine(reference, original, clock)
     with bundles.reading(bundle):
         proof = prove(baseline, bundle, images=shown, plan=plan, peer=None, clock=clock)
-        record = quantized.record if quantized else None
-        report = _report(checkpoint, bundle, proof, shown, None, record, clock)
+        report = _report(checkpoint, bundle, proof, shown, None, quantized.record, clock)
     report.write(path / bundles.REPORT_FOLDER)
     return Outcome(path=path, report=report)
 
@@ -249,20 +245,16 @@ def _lower(one: Chosen, quantized: Quantized, work: _Work, place: Path) -> Bundl
 
 
 def _reference(
-    checkpoint: Checkpoint, spec: ExportSpec, quantized: Quantized | None, *, exact: bool
+    checkpoint: Checkpoint, spec: ExportSpec, quantized: Quantized, *, exact: bool
 ) -> Reference:
     """What artifacts are held to; `exact`: some are compared without rounding, too."""
-    if quantized is None:
-        return Reference(checkpoint=checkpoint, spec=spec)
     programs, recipe = quantized.programs, quantized.record.recipe
-    if not recipe.quantized:
-        return Reference(checkpoint=checkpoint, spec=spec, programs=lambda: programs)
     session = functools.partial(ProgramSession, programs, spec.decoder, spec.context)
     return Reference(
         checkpoint=checkpoint,
         spec=spec,
         recipe=recipe,
-        quantized=session,
+        quantized=session if recipe.quantized else None,
         exact=functools.partial(session, exact=True) if exact or has_float_floor(recipe) else None,
         programs=lambda: programs,
     )
@@ -274,11 +266,9 @@ def _again(
     spec: ExportSpec,
     calibration: Path | None,
     clock: Clock,
-) -> Quantized | None:
-    """Apply a bundle's recipe to its checkpoint once more, on the same images; None for fp32."""
+) -> Quantized:
+    """Apply a bundle's recipe to its checkpoint once more, on the same images."""
     recipe = recorded(manifest.recipe)
-    if not recipe.quantized:
-        return None
     images = None
     if needs_calibration(recipe):
         images = load_calibration(calibration)

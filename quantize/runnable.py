@@ -35,6 +35,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 Move = Callable[[Tensor], Tensor]
 _MOVE: ContextVar[Move | None] = ContextVar("_MOVE", default=None)
+_RESULT: ContextVar[Move | None] = ContextVar("_RESULT", default=None)
 
 
 @contextmanager
@@ -49,6 +50,20 @@ def roundings_moved(move: Move) -> Iterator[None]:
         yield
     finally:
         _MOVE.reset(before)
+
+
+@contextmanager
+def results_moved(move: Move) -> Iterator[None]:
+    """Within, whatever an exact program computes goes through `move`.
+
+    That is where another order of sums, or another kernel, makes a difference. Views of what was
+    computed before are left alone.
+    """
+    before = _RESULT.set(move)
+    try:
+        yield
+    finally:
+        _RESULT.reset(before)
 
 
 def runnable(program: ExportedProgram, *, exact: bool = False) -> Runnable:
@@ -139,6 +154,9 @@ class Float32Interpreter(Interpreter):
         """Compute and round."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         value = getattr(self, n.op)(n.target, args, kwargs)
+        move = _RESULT.get()
+        if move and self.exact and n.op == "call_function" and _is_computed(value, args):
+            value = move(value)
         return pytree.tree_map(_rounded, value, n.meta["val"]) if n in self.narrow else value
 
 
@@ -204,6 +222,15 @@ def _makes_narrow(node: Node) -> bool:
     if node.op != "call_function" or node.target is operator.getitem:
         return False
     return any(_is_narrow(value) for value in pytree.tree_leaves(node.meta["val"]))
+
+
+def _is_computed(value: Any, args: tuple[Any, ...]) -> bool:
+    """Whether floats were computed, and not only looked at in another shape."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    read = (one for one in pytree.tree_leaves(args) if isinstance(one, Tensor))
+    place = value.untyped_storage().data_ptr()
+    return all(one.untyped_storage().data_ptr() != place for one in read)
 
 
 def _is_narrow(value: Any) -> bool:

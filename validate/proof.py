@@ -21,7 +21,7 @@ from ..exporter.tensor_names import Layout
 from ..exporter.tokenizer import Tokenizer, read_tokenizer
 from ..targets.base import Session
 from ..targets.eager import EagerSession
-from . import accuracy, digits, latency, parity
+from . import accuracy, digits, exact_floor, latency, parity
 from .accuracy import AccuracyReport
 from .contract import compare_contract
 from .delegation import Delegation, delegation, has_delegation
@@ -91,7 +91,7 @@ def examine(reference: Reference, original: Original, clock: Clock) -> Baseline:
         baseline = _quantized_baseline(baseline, original, reference.quantized(), clock)
     if reference.exact:
         gc.collect()
-        clock.stage("Run the quantized model in PyTorch without rounding")
+        clock.stage("Run the exported programs in PyTorch without rounding")
         baseline = _exact_baseline(baseline, reference.exact(), clock)
     return baseline
 
@@ -123,13 +123,18 @@ def _quantized_baseline(
 
 
 def _exact_baseline(baseline: Baseline, session: Session, clock: Clock) -> Baseline:
-    """What the quantized model does without rounding, and the limits of floats that are rounded."""
+    """What the programs do without rounding, how far that may be off, and 16-bit floats from it."""
     recordings, limits = baseline.recordings[:EXACT_IMAGES], baseline.limits
     cases = [recording.case for recording in recordings]
     if has_float_floor(baseline.reference.recipe):
         limits = widened(limits, difference(recordings, session))
     exact = record(session, cases, EXACT_STEPS, clock.detail)
-    return replace(baseline, limits=limits, exact=exact)
+    clock.stage("Measure what float32's last bits make of it")
+    fixed = exact_limits(baseline.reference.recipe)
+    measured = exact_floor.measured(fixed, exact, session, clock.detail)
+    if baseline.reference.programs is None:  # the recipe was applied where last bits were others
+        measured = fixed.looser(measured)
+    return replace(baseline, limits=limits, exact=exact, exact_limits=measured)
 
 
 def _answers(
@@ -247,16 +252,15 @@ def without_rounding(
     """
     if not has_exact(bundle):
         return None
-    if baseline.exact is None:
+    if baseline.exact is None or baseline.exact_limits is None:
         raise ValueError(f"{bundle.path} has an exact form, and its reference was not asked for it")
     gc.collect()
     clock.stage("Check parity without rounding")
-    limits = exact_limits(baseline.reference.recipe)
     session = open_session(bundle, exact=True)
     tokenizer = read_tokenizer(bundle.path)
     shown = images[: len(baseline.exact)]
     cases = [_case(sample, bundle.manifest, tokenizer) for sample in shown]
-    return parity.compare(baseline.exact, cases, session, limits, clock.detail)
+    return parity.compare(baseline.exact, cases, session, baseline.exact_limits, clock.detail)
 
 
 def is_bundled_model(checkpoint: Checkpoint) -> bool:

@@ -34,8 +34,9 @@ class Reference:
     `quantized` opens the recipe's eager model, which is then what artifacts are held to; it is None
     for a recipe that leaves everything in float32. `exact` opens the same model computed without
     any rounding, where an artifact is to be compared like that, too, or where the rounding floor
-    needs it. `programs` gives what was lowered to the artifacts, the same to the last bit; None
-    where that can't be had.
+    needs it.
+    `programs` gives what was lowered to the artifacts, the same to the last bit; None where that
+    can't be had.
     """
 
     checkpoint: Checkpoint
@@ -67,7 +68,8 @@ class Baseline:
 
     `recordings` and `answers` are the quantized model's where there is one, else the checkpoint's
     as it was stored; then there is no `loss`. `limits` are what artifacts are held to. `exact` is
-    what the quantized model does without rounding, on fewer images and tokens; None: not asked for.
+    what the programs do without rounding, on fewer images and tokens, and `exact_limits` how far
+    another such computation may be off; None: not asked for.
     """
 
     reference: Reference
@@ -76,6 +78,7 @@ class Baseline:
     answers: AccuracyReport | None
     loss: QuantizationLoss | None
     exact: tuple[Recording, ...] | None = None
+    exact_limits: Limits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

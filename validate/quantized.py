@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 
 EXACT = (
-    "Neither side rounds here: the artifact's program on its stored weights, against the quantized "
-    "model in PyTorch, with no step to half precision or integers between float32 values. Both are "
-    "the same real numbers under every recipe, equal but for float32's last bits, and a fault "
-    "shows that roundings would hide."
+    "Neither side rounds here: the artifact's program on its stored weights, against the exported "
+    "programs in PyTorch, with no step to half precision or integers between float32 values. Both "
+    "are the same real numbers under every recipe, equal but for float32's last bits, and a fault "
+    "shows that roundings would hide. The limits are five times what the programs are seen to "
+    "move by when each operator's result is moved by a rounding of float32."
 )
 
 
