@@ -232,7 +232,8 @@ def one_side(at: int, change: ChangeNumbers) -> Change:
     def altered(graph: Graph) -> None:
         for node in graph.nodes("DequantizeLinear")[::-1]:
             maker = graph.maker(node.input[0])
-            if maker is not None and maker.op_type == "QuantizeLinear":
+            has_one = at < len(node.input) and node.input[at] in graph.initializers
+            if has_one and maker is not None and maker.op_type == "QuantizeLinear":
                 tensor = graph.initializers[node.input[at]]
                 made = numpy_helper.from_array(change(graph.numbers(tensor)), f"{tensor.name}_own")
                 graph.graph.initializer.append(made)
