@@ -148,7 +148,7 @@ def _optimized(level: str) -> Callable[[], AbstractContextManager[Any]]:
     def around() -> AbstractContextManager[Any]:
         import onnxruntime as ort  # noqa: PLC0415 - of two targets only
 
-        from fastvlm_export.targets import onnx_session, tensorrt_onnx_session  # noqa: PLC0415
+        from fastvlm_export.targets import onnx_exact, onnx_session  # noqa: PLC0415
 
         made = onnx_session.session_options
 
@@ -158,7 +158,7 @@ def _optimized(level: str) -> Callable[[], AbstractContextManager[Any]]:
             return found
 
         stack = ExitStack()
-        for module in (onnx_session, tensorrt_onnx_session):
+        for module in (onnx_session, onnx_exact):
             stack.enter_context(mock.patch.object(module, "session_options", options))
         return stack
 

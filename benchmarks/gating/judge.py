@@ -1,6 +1,7 @@
 """A bundle before the gates, in the order in which they are cheap: which one says no, and why."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -15,6 +16,8 @@ from fastvlm_export.validate.contract import compare_contract
 from fastvlm_export.validate.parity import ParityResult
 from fastvlm_export.validate.proof import Baseline, Proof
 from fastvlm_export.validate.stored import compare_stored, has_stored
+
+ERROR = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +50,18 @@ class Judged:
 
 
 def timed(name: str, judge: Callable[[], Judged]) -> Finding:
-    """The finding of a judge, with its time. An ExportError is a refusal by `open`."""
+    """The finding of a judge, with its time.
+
+    An ExportError is a refusal by `open`. Any other exception is kept as `ERROR`: a gate should
+    have spoken.
+    """
     started = time.perf_counter()
     try:
         found = judge()
     except ExportError as error:
         found = Judged(failed={"open": error.message})
+    except Exception as error:  # that the experiment goes on; the table names it
+        found = Judged(failed={ERROR: "".join(traceback.format_exception(error))[-1000:]})
     return Finding(
         name=name,
         gates=tuple(found.failed),

@@ -1,8 +1,10 @@
 """The one table of the experiment, and whether it is as it should be."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .cell import Results
+from .judge import ERROR
 
 GATES = ("contract", "stored", "exact", "typed", "answers", "open")
 
@@ -13,8 +15,12 @@ def false_alarms(results: Sequence[Results]) -> int:
 
 
 def missed(results: Sequence[Results]) -> int:
-    """Faults that every gate let pass."""
-    return sum(not one["gates"] for cell in results for one in cell.misses)
+    """Faults that every gate let pass, or that broke one."""
+    return sum(_is_missed(one) for cell in results for one in cell.misses)
+
+
+def _is_missed(one: dict[str, Any]) -> bool:
+    return not one["gates"] or ERROR in one["gates"]
 
 
 def lines(results: Sequence[Results]) -> Iterator[str]:
@@ -38,8 +44,9 @@ def lines(results: Sequence[Results]) -> Iterator[str]:
             if one["gates"]:
                 yield f"- False alarm, {cell.target} {cell.recipe}, {one['name']}: {one['verdict']}"
         for one in cell.misses:
-            if not one["gates"]:
-                yield f"- Missed, {cell.target} {cell.recipe}, {one['name']}: {one['nearest']}"
+            if _is_missed(one):
+                why = one["verdict"] or one["nearest"]
+                yield f"- Missed, {cell.target} {cell.recipe}, {one['name']}: {why}"
 
 
 def _alarms(cell: Results) -> str:
@@ -56,6 +63,6 @@ def _faults(target: str, cells: Sequence[Results]) -> str:
     names = {one["name"] for one in found}
     caught = [sum(gate in one["gates"] for one in found) for gate in GATES]
     return (
-        f"| {target} | {len(names)} | {len(found)} | {sum(not one['gates'] for one in found)} | "
+        f"| {target} | {len(names)} | {len(found)} | {sum(map(_is_missed, found))} | "
         f"{' | '.join(map(str, caught))} |"
     )

@@ -103,6 +103,15 @@ def test_a_refusal_is_a_gate() -> None:
     assert found.gates == ("open",)
     assert found.verdict == "no such graph"
 
+    def break_down() -> Judged:
+        raise IndexError("no such thing")
+
+    broken = timed("a fault", break_down)
+    assert broken.gates == ("error",)
+    assert "no such thing" in broken.verdict
+    cell = Results(target="onnx", recipe="fp32", misses=[asdict(broken)])
+    assert missed([cell]) == 1
+
 
 class Cell:
     """Counts what is judged in a cell that nothing was exported for."""
