@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 
@@ -10,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(_cores)]})
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,18 @@ def _frozen() -> None:
     """What imports made stays: else each full collection looks through it, for up to a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_once() -> Iterator[None]:
+    """Let torch.onnx parse its hundreds of translations once, not for each of our graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError):  # tests of other targets need nothing of it
+            from torch.onnx._internal.exporter import _registration  # noqa: PLC0415
+
+            apis = _registration.onnxscript_apis
+            patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,18 +204,6 @@ def export(
 
     folder = once(factory, f"{name}-onnx", write)
     return Small(model=model, spec=spec, recipe=recipe, folder=folder, traced=traced)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torchlib_once() -> Iterator[None]:
-    """Let torch.onnx parse its hundreds of translations once, not for each of our graphs."""
-    with pytest.MonkeyPatch.context() as patch:
-        with suppress(ImportError):  # tests of other targets need nothing of it
-            from torch.onnx._internal.exporter import _registration  # noqa: PLC0415
-
-            apis = _registration.onnxscript_apis
-            patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
-        yield
 
 
 @pytest.fixture(scope="session")
