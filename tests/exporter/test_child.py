@@ -12,8 +12,11 @@ import pytest
 
 from fastvlm_export.exporter import child
 
+# Under nohup or in the background some signals are ignored, and by children, too.
 PARENT = """
-import subprocess, sys
+import signal, subprocess, sys
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
 from fastvlm_export.exporter import child
 worker = subprocess.Popen(child.command(sys.argv[1]), stdin=subprocess.PIPE)
 print(worker.pid, flush=True)
