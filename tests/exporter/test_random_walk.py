@@ -380,7 +380,16 @@ class Walk:
             if path.name == MANIFEST and is_file(path) and ".fastvlm-" not in str(path):
                 folder = path.parent
                 if identity(folder) not in self.user.touched and is_output(self.root, folder):
-                    open_bundle(folder)
+                    self.check_whole(folder)
+
+    def check_whole(self, folder: Path) -> None:
+        """Its files are its manifest's; but one that `build` linked may have been edited since."""
+        try:
+            open_bundle(folder)
+        except ExportError as error:
+            only = "is damaged: config.json differs from the hash in manifest.json."
+            edited = (folder / "config.json").read_text() in self.user.texts
+            assert error.message.endswith(only) and edited, error.message
 
 
 def is_output(root: Path, folder: Path) -> bool:
