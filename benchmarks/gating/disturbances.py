@@ -35,7 +35,7 @@ from .cells import Effort, Prepared, prepare
 from .judge import Judged, all_gates
 
 PHOTOGRAPHS = ("flower.jpg", "china.jpg")
-ULP_SEEDS = 6
+ULP_SEEDS = 8
 OPTIMIZATIONS = {
     "off": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
