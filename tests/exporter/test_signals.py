@@ -26,7 +26,6 @@ def test_a_signal_unwinds_says_one_line_and_gives_its_exit_code(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unwound = []
-    before = signal.signal(number, signal.SIG_DFL)  # under `nohup` it is ignored
     with pytest.raises(Terminated) as caught, end_on_signals():
         try:
             os.kill(os.getpid(), number)
@@ -36,7 +35,6 @@ def test_a_signal_unwinds_says_one_line_and_gives_its_exit_code(
     assert caught.value.code == 128 + number
     assert capsys.readouterr().err == f"Ended by {number.name}.\n"
     assert signal.getsignal(number) is signal.SIG_DFL
-    signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
